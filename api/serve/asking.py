@@ -66,13 +66,18 @@ async def answered(ask: Callable[[], Any], check: Check | None = None) -> Any:
 
 
 async def _looked_after(awaited: Awaitable[Any], check: Check | None) -> Any:
-    """What is ``awaited``, unless ``check`` raises an error meanwhile."""
+    """What is ``awaited``, unless ``check`` says meanwhile that nobody will answer. A check that itself fails says nothing."""
     if check is None:
         return await awaited
     work = asyncio.ensure_future(awaited)
     try:
         while not (await asyncio.wait([work], timeout=_LOOK_SECONDS))[0]:
-            await check()
+            looking = asyncio.ensure_future(check())
+            await asyncio.wait([work, looking], return_when=asyncio.FIRST_COMPLETED)
+            looking.cancel()
+            (found,) = await asyncio.gather(looking, return_exceptions=True)
+            if isinstance(found, PartUnavailable) and not work.done():
+                raise found
         return work.result()
     finally:
         work.cancel()

@@ -58,7 +58,8 @@ class Api:
         self._settings, self._inference = settings, inference
         self._writing: Any = inference.options(stream=True)
         is_one = settings.serving_replicas == 1  # of several, each question goes to the one that has its stack
-        self._check = shared(check_start)
+        # Where a process is there all the time, Serve makes it anew, and has its own time for that.
+        self._check = None if settings.least_serving_replicas else shared(check_start)
         self._classifying = Together(lambda questions: inference.classify.remote(questions), is_one, self._check)
         self._embedding = Together(lambda questions: inference.embed.remote(questions), is_one, self._check)
         self._store = JobStore(settings.storage.database, existing=True)
@@ -79,7 +80,7 @@ class Api:
         parts = {"database": self._database, "storage": self._storage, "controller": self._controller}
         settings, storage = self._settings, self._settings.storage
         # Where none need be there, to ask one would make one.
-        parts["inference"] = self._inference_alive if settings.least_serving_replicas else self._check
+        parts["inference"] = self._check or self._inference_alive
         service = Service(
             store=self._store,
             check=self._preflight.check,
@@ -139,7 +140,7 @@ class Api:
 
 
 async def check_start() -> None:
-    """Check that processes with models can start, for requests that wait for one.
+    """Check that processes with models can start, where none need be there.
 
     Raises:
         PartUnavailable: none runs, and no machine has had room for one for half a minute. Or the last one did not start, try
@@ -147,13 +148,15 @@ async def check_start() -> None:
     """
     application = serve.get_replica_context().app_name
     found = (await run_in_threadpool(serve.status)).applications[application].deployments["Inference"]
-    running = sum(count for state, count in found.replica_states.items() if state.name == "RUNNING")
-    if found.status_trigger.name == "REPLICA_STARTUP_FAILED" and not running:
+    # One that ends may still answer. The names of states are strings, whatever the type says.
+    if any(count for state, count in found.replica_states.items() if state != "STARTING"):
+        return
+    if found.status_trigger.name == "REPLICA_STARTUP_FAILED":
         reason = (
             "cannot start; its log says why. If it never has, it is tried again only when the service is started again"
         )
         raise PartUnavailable("the process of the models", reason, _RETRY_SECONDS)
-    if _NO_ROOM in found.message and not running:
+    if _NO_ROOM in found.message:
         reason = (
             "waits for a machine with as much free memory as CHAINFED_SERVING_MEMORY; clients that train may hold it"
         )

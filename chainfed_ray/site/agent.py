@@ -1,17 +1,19 @@
 """The process at a site: it asks the service for orders, has them carried out, and sends the answers."""
 
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Any
 
 from chainfed_ray.errors import ServiceFailed
 from chainfed_ray.site.connection import Connection, Withdrawn
-from chainfed_ray.site.envelope import Answer, Done, JobDocument, NotDone, Order
+from chainfed_ray.site.envelope import JOB, Answer, Done, JobDocument, NotDone, Order
 from chainfed_ray.site.policy import Policy, in_words
 from chainfed_ray.site.turn_process import TurnProcess
 from chainfed_ray.site.working_time import WorkingTime
@@ -21,6 +23,7 @@ _LOOK_SECONDS = 0.2
 _LEAVE_SECONDS = 10.0
 _HEARTBEAT_SECONDS = 3.0
 _PAUSE_SECONDS = 5.0  # after an order that the service could not handle
+_MOST_JOBS = 1000  # that the service is asked after at a time
 _KEPT = 8  # files of adapters, and of documents of jobs, that are kept: those that were used last
 
 
@@ -39,10 +42,10 @@ class Offer:
     tells_classes: bool
     policy: Policy
 
-    def worker(self, slot: int) -> dict[str, Any]:
-        """The arguments of the worker of a slot."""
-        scratch = str(self.scratch / f"slot-{slot}")
-        return {"folder": str(self.data), "scratch": scratch, "parts": self.parts, "tells_classes": self.tells_classes}
+    def worker(self, scratch: Path) -> dict[str, Any]:
+        """The arguments of a worker with a folder of its own."""
+        own = {"parts": self.parts, "tells_classes": self.tells_classes}
+        return {"folder": str(self.data), "scratch": str(scratch), **own}
 
 
 class _TooLong(Exception):
@@ -59,8 +62,11 @@ class Agent:
     def __init__(self, connection: Connection, offer: Offer, stop: Event, told: Callable[[str], None]) -> None:
         self._connection, self._offer, self._stop, self._told = connection, offer, stop, told
         self._working_time = WorkingTime(offer.scratch / "worked")
+        # Of this process alone: one that takes its place may begin before this one ends.
+        self._slots = offer.scratch / f"slots-{token_hex(8)}"
         # An earlier process has told of rows of these jobs: those that have ended meanwhile are forgotten.
-        self._jobs = {told.stem for told in (offer.scratch / "told").glob("*.*")}
+        found = {told.stem for told in (offer.scratch / "told").glob("*.*")}
+        self._jobs = {job for job in found if re.fullmatch(JOB, job)}
         self._failure: Exception | None = None
         self._running: set[str] = set()
         self._asking = Lock()
@@ -80,21 +86,23 @@ class Agent:
             pass
         if not self._failure:
             self._connection.leave()  # at once: it also ends the wait for the next order
-        for thread in slots:
-            thread.join(_LEAVE_SECONDS)  # one that waits for a service which does not answer ends with this process
-        forget_caches(self._offer.scratch)  # the next process makes them anew
+        ends = monotonic() + _LEAVE_SECONDS
+        for thread in slots:  # one that waits for a service which does not answer ends with this process
+            thread.join(max(ends - monotonic(), 0))
+        shutil.rmtree(self._slots, ignore_errors=True)  # the next process makes its own
         if self._failure:
             raise self._failure
 
     def _slot(self, slot: int) -> None:
         """Carry out one order after the other."""
-        process = TurnProcess(self._offer.worker(slot))
+        scratch = self._slots / str(slot)
+        process = TurnProcess(self._offer.worker(scratch))
         try:
             while not self._stop.is_set():
                 try:
                     if order := self._next():
                         try:
-                            self._carry_out(order, process, self._offer.scratch / f"slot-{slot}")
+                            self._carry_out(order, process, scratch)
                         finally:
                             self._running.discard(order.id)
                     else:
@@ -116,7 +124,8 @@ class Agent:
         with self._asking:
             if self._stop.is_set():
                 return None
-            found = self._connection.next(_WAIT_SECONDS, self._running, self._jobs)
+            asked = sorted(self._jobs)[-_MOST_JOBS:]
+            found = self._connection.next(_WAIT_SECONDS, self._running, asked)
             self._forget(found.over)
             if found.order:
                 self._running.add(found.order.id)
@@ -126,7 +135,7 @@ class Agent:
         """Delete the caches of ``jobs``, which are over."""
         for job in self._jobs & {*jobs}:
             self._jobs.discard(job)
-            for slot in self._offer.scratch.glob("slot-*"):
+            for slot in self._slots.glob("*"):
                 shutil.rmtree(slot / job, ignore_errors=True)
             for told in (self._offer.scratch / "told").glob(f"{job}.*"):
                 told.unlink(missing_ok=True)
@@ -209,8 +218,8 @@ class Agent:
 
 
 def forget_caches(scratch: Path) -> None:
-    """Delete what an earlier process left in ``scratch``."""
-    for folder in scratch.glob("slot-*"):
+    """Delete what earlier processes left in ``scratch``."""
+    for folder in scratch.glob("slot*-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

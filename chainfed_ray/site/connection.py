@@ -27,6 +27,7 @@ from chainfed_ray.site.envelope import (
     NextOrder,
     Order,
     Received,
+    Welcome,
 )
 from chainfed_ray.site.transcript import Transcript
 
@@ -89,7 +90,12 @@ class Connection:
             InvalidSetting: the service's certificate is not trusted. A site that has joined waits for a better one.
             SiteRefused: the service does not know the key, knows it as that of another site, or speaks another version.
         """
-        self._post(_JOIN, Joining(protocol=PROTOCOL, session=self._session, version=version, site=site))
+        try:
+            joining = Joining(protocol=PROTOCOL, session=self._session, version=version, site=site)
+        except ValidationError:
+            raise InvalidSetting("--site", site, "the name that `chainfed sites add` was given") from None
+        if (known := self._read(Welcome, self._post(_JOIN, joining)).site) != site:
+            raise SiteRefused(f"{self._address} refuses this site: the key is that of {known}, and not of {site}")
 
     def leave(self) -> None:
         """Give back every order that this process has taken. The service is not waited for."""

@@ -17,7 +17,8 @@ PROTOCOL = 2
 
 MOST_CHARACTERS = 1_000_000  # of an answer's JSON
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-JobId = Annotated[str, Field(pattern="^[a-z0-9-]{1,100}$")]
+JOB = "^[a-z0-9-]{1,100}$"
+JobId = Annotated[str, Field(pattern=JOB)]
 OrderId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Session = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="a random name of the process at the site")]
 KEY = r"^[a-z_.\[\]0-9]{1,100}$"

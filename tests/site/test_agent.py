@@ -28,10 +28,10 @@ class Silent:
 
 @pytest.fixture
 def offer(tmp_path: Path) -> Offer:
-    (tmp_path / "slot-0" / "job-1").mkdir(parents=True)
+    (tmp_path / "slots-1" / "0" / "job-1").mkdir(parents=True)  # of a process that takes this one's place
     (tmp_path / "told").mkdir()
-    for name in ("job-1", "job-2"):
-        (tmp_path / "told" / f"{name}.0123456789abcdef").write_text("digest")
+    for name in ("job-1.0123456789abcdef", "job-2.0123456789abcdef", ".nfs000000.1", ".DS_Store"):
+        (tmp_path / "told" / name).write_text("digest")
     return Offer(tmp_path, tmp_path, parts=1, slots=1, tells_classes=True, policy=Policy())
 
 
@@ -42,16 +42,20 @@ def left(offer: Offer, asked: Callable[[Collection[str], Event], NextOrder]) -> 
 
 
 def test_jobs_that_ended_while_the_site_was_away_are_forgotten_and_a_site_that_leaves_keeps_no_caches(
-    offer: Offer,
+    offer: Offer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(agent, "token_hex", lambda count: "own")
+
     def asked(jobs: Collection[str], stop: Event) -> NextOrder:
         assert set(jobs) == {"job-1", "job-2"}
+        (offer.scratch / "slots-own" / "0" / "job-1").mkdir(parents=True)
         stop.set()
         return NextOrder(over=("job-2",))
 
     left(offer, asked)
-    assert [file.name for file in (offer.scratch / "told").iterdir()] == ["job-1.0123456789abcdef"]
-    assert not [*offer.scratch.glob("slot-*")]
+    left_over = {file.name for file in (offer.scratch / "told").iterdir()}
+    assert left_over == {"job-1.0123456789abcdef", ".nfs000000.1", ".DS_Store"}
+    assert [folder.name for folder in offer.scratch.glob("slots-*")] == ["slots-1"]
 
 
 def test_a_service_that_does_not_answer_holds_up_no_site_that_leaves(

@@ -117,6 +117,32 @@ def test_who_waits_for_a_process_that_cannot_start_waits_no_longer(how: str, mon
     assert (pieces if how == "written" else answer).cancelled
 
 
+@pytest.mark.parametrize("trouble", [None, KeyError("Inference"), PartUnavailable("the models", "cannot start", 60)])
+def test_an_answer_that_comes_is_given_whatever_a_look_does(
+    trouble: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look may hang, as Serve's controller does while it starts again, fail, or be wrong by then."""
+    monkeypatch.setattr(asking, "_LOOK_SECONDS", 0.001)
+
+    async def ask() -> Any:
+        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def check() -> None:
+            if isinstance(trouble, KeyError):
+                asyncio.get_running_loop().call_later(0.01, lambda: answer.done() or answer.set_result("sea"))
+            else:
+                answer.set_result("sea")
+            if trouble is None:
+                await asyncio.Event().wait()
+            else:
+                raise trouble
+
+        async with asyncio.timeout(5):
+            return await answered(lambda: answer, check)
+
+    assert asyncio.run(ask()) == "sea"
+
+
 def test_many_who_wait_have_one_look() -> None:
     looks = 0
 

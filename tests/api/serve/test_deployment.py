@@ -1,6 +1,7 @@
 """The Serve application has as many processes that answer with models as the settings say."""
 
 import asyncio
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,23 +54,25 @@ _UNPLACED = (
 
 
 @pytest.mark.parametrize(
-    ("trigger", "running", "message", "expected"),
+    ("trigger", "others", "message", "expected"),
     [
-        (_SCALED, 0, "", None),
-        (_SCALED, 0, _UNPLACED, "waits for a machine with as much free memory"),
-        (_SCALED, 1, _UNPLACED, None),
-        (_FAILED, 0, "", "cannot start"),
-        (_FAILED, 1, "", None),
+        (_SCALED, [], "", None),
+        (_SCALED, [], _UNPLACED, "waits for a machine with as much free memory"),
+        (_SCALED, [ReplicaState.RUNNING], _UNPLACED, None),
+        (_SCALED, [ReplicaState.STOPPING], _UNPLACED, None),
+        (_FAILED, [], "", "cannot start"),
+        (_FAILED, [ReplicaState.RUNNING], "", None),
     ],
 )
 def test_a_process_that_cannot_start_is_noticed_where_none_need_be_there(
     trigger: DeploymentStatusTrigger,
-    running: int,
+    others: list[ReplicaState],
     message: str,
     expected: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    states: Any = {ReplicaState.RUNNING: running, ReplicaState.STARTING: 1}
+    # Ray Serve gives the states' names as strings, which its types do not say.
+    states: Any = Counter(state.value for state in (ReplicaState.STARTING, *others))
     of_models = DeploymentStatusOverview(DeploymentStatus.UPDATING, trigger, states, message)
     status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"Inference": of_models})})
     monkeypatch.setattr(serve, "status", lambda: status)
