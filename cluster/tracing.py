@@ -13,11 +13,11 @@ are told by the coordinator: the memory of clients' processes is counted, and th
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import Thread
 from typing import Any, Protocol, Self
 
-from chainfed_ray.cluster.structured_logs import what_lines_are_about
+from chainfed_ray.cluster.structured_logs import about, what_lines_are_about
 from chainfed_ray.errors import PackageMissing
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 
@@ -104,15 +104,20 @@ def note(**what: str | int) -> None:
 
 
 def carried() -> dict[str, str]:
-    """What goes along with a job: the ``traceparent`` of the present span, and the request; nothing where nothing is traced."""
-    if _provider is None:
-        return {}
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+    """What goes along with a job: the request, and the ``traceparent`` of the present span where spans are traced."""
+    found = dict[str, str]()
+    if request := what_lines_are_about().get("request"):
+        found["request"] = str(request)
+    if _provider is not None:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    found: dict[str, str] = {}
-    TraceContextTextMapPropagator().inject(found)
-    about = what_lines_are_about()
-    return {name: str(value) for name, value in {**found, "request": about.get("request")}.items() if value}
+        TraceContextTextMapPropagator().inject(found)
+    return found
+
+
+def asked_by(carried: Mapping[str, str]) -> AbstractContextManager[None]:
+    """Within it, lines of logs name the request that another process has ``carried`` here."""
+    return about(**{"request": carried["request"]} if "request" in carried else {})
 
 
 @contextmanager

@@ -64,8 +64,18 @@ def test_what_leads_out_is_refused_in_the_same_words_whether_it_is_there_or_not(
 
 def test_a_link_in_a_folder_of_files_is_looked_at_as_well(roots: tuple[Path, Path]) -> None:
     inside, outside = roots
-    (inside / "more.csv").symlink_to(outside / "rows.csv")
-    assert "CHAINFED_DATA_ROOTS" in refusal(f"path:{inside}")
+    (inside / "within.csv").symlink_to(inside / "rows.csv")
+    (inside / "nowhere.csv").symlink_to(inside / "none.csv")
+    assert len(read_table("data.train", f"path:{inside}", "train")) == 4
+    (outside / "folder").mkdir()
+    told = set()
+    for target in ("rows.csv", "none.csv", "folder", "none/rows.csv", "rows.csv/none"):
+        for name in ("more.csv", "more"):
+            (inside / name).symlink_to(outside / target)
+            told.add(refusal(f"path:{inside}"))
+            (inside / name).unlink()
+    assert len(told) == 1, told
+    assert "CHAINFED_DATA_ROOTS" in told.pop()
 
 
 def test_what_is_no_ordinary_file_is_not_opened(roots: tuple[Path, Path]) -> None:

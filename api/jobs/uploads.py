@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
 from chainfed_ray.api.rest.job_file import StrictRoute
-from chainfed_ray.api.rest.schemas import RequestBody
+from chainfed_ray.api.rest.schemas import RequestBody, example
 from chainfed_ray.api.rest.service import Caller, CallerGone, Uploads, WithService
 from chainfed_ray.cluster.files.upload_bytes import Arriving
 from chainfed_ray.cluster.files.uploads import Upload
@@ -26,12 +26,15 @@ _FORMS = (
     r"^[^/\\\x00-\x1f\x7f]{1,200}\.(csv|tsv|jsonl|ndjson|json|parquet|csv\.gz|tsv\.gz|jsonl\.gz|ndjson\.gz|json\.gz)$"
 )
 _SHA256 = r"^[0-9a-f]{64}$"
+_EXAMPLE_DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
 UploadId = Annotated[str, Path(pattern="^[0-9a-f]{16}$", description="the id of an upload")]
 
 
 class NewUpload(RequestBody):
     """A file that will be sent."""
+
+    model_config = example({"name": "rows.csv", "bytes": 25_600, "sha256": _EXAMPLE_DIGEST})
 
     name: str = Field(
         pattern=_FORMS, description="what it is called; the end says the form, such as `.csv` or `.jsonl.gz`"
@@ -42,6 +45,19 @@ class NewUpload(RequestBody):
 
 class UploadResource(BaseModel):
     """An upload. A job reads it as `upload:<id>` once it is complete."""
+
+    model_config = example(
+        {
+            "id": "0a1b2c3d4e5f6071",
+            "tenant": "search",
+            "name": "rows.csv",
+            "bytes": 25_600,
+            "sha256": _EXAMPLE_DIGEST,
+            "received": 25_600,
+            "complete": True,
+            "created_at": "2026-03-01T12:00:00.000000+00:00",
+        }
+    )
 
     id: str
     tenant: str = Field(description="whose upload it is: the owner of the key that it was begun with")

@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from time import time
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 from uuid import uuid4
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
@@ -44,18 +44,54 @@ router = APIRouter(prefix="/v1", tags=["models"], route_class=StrictRoute)
 _log = logging.getLogger(__name__)
 _MISTAKE = {"type": "InternalError", "message": "a mistake of the service; its log says more"}
 _MEDIA_TYPE = "text/event-stream"
-_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {_MEDIA_TYPE: {"schema": {"type": "string"}}}}}
+_MODEL = "smollm2:stories"
+_EXAMPLE_PROMPT = {"model": _MODEL, "prompt": "Once upon a time", "max_tokens": 12, "seed": 7}
+_EXAMPLE_CHAT = {"model": _MODEL, "messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 12}
+_EXAMPLE_USAGE = {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16}
+_EXAMPLE_COMPLETION = {
+    "id": "cmpl-5f2c9a1e7b3d4c6f8a0b1c2d",
+    "created": 1_772_366_400,
+    "model": _MODEL,
+    "usage": _EXAMPLE_USAGE,
+    "object": "text_completion",
+    "choices": [{"index": 0, "text": ", there was a small boat.", "finish_reason": "length"}],
+}
+_EXAMPLE_MESSAGE = {"role": "assistant", "content": "There was a small boat."}
+_EXAMPLE_ANSWER = {
+    "id": "chatcmpl-5f2c9a1e7b3d4c6f8a0b1c2d",
+    "created": 1_772_366_400,
+    "model": _MODEL,
+    "usage": _EXAMPLE_USAGE,
+    "object": "chat.completion",
+    "choices": [{"index": 0, "message": _EXAMPLE_MESSAGE, "finish_reason": "length"}],
+}
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-@router.post("/completions", response_model=Completion, responses=_STREAMED)
-async def completions(body: CompletionRequest, request: Request, service: WithService, jobs: Jobs) -> Response:
+def _responses(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI document says of an answer: with an ``example`` of it as a whole, or as a stream."""
+    forms = {"application/json": {"example": example}, _MEDIA_TYPE: {"schema": {"type": "string"}}}
+    return {200: {"content": forms}}
+
+
+@router.post("/completions", response_model=Completion, responses=_responses(_EXAMPLE_COMPLETION))
+async def completions(
+    body: Annotated[CompletionRequest, Body(examples=[_EXAMPLE_PROMPT])],
+    request: Request,
+    service: WithService,
+    jobs: Jobs,
+) -> Response:
     """Continue a prompt, or each of several."""
     return await _answer(body, body.prompt, _Completions, request, service, jobs)
 
 
-@router.post("/chat/completions", response_model=ChatCompletion, responses=_STREAMED)
-async def chat_completions(body: ChatRequest, request: Request, service: WithService, jobs: Jobs) -> Response:
+@router.post("/chat/completions", response_model=ChatCompletion, responses=_responses(_EXAMPLE_ANSWER))
+async def chat_completions(
+    body: Annotated[ChatRequest, Body(examples=[_EXAMPLE_CHAT])],
+    request: Request,
+    service: WithService,
+    jobs: Jobs,
+) -> Response:
     """Answer a chat. The model's tokenizer must have a chat template."""
     return await _answer(body, [body.chat], _Chats, request, service, jobs)
 

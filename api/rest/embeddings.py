@@ -17,6 +17,7 @@ from chainfed_ray.api.rest.schemas import (
     PromptText,
     RequestBody,
     bounded,
+    example,
     one_or_more,
 )
 from chainfed_ray.api.rest.service import Jobs, WithService, while_connected
@@ -27,6 +28,8 @@ router = APIRouter(prefix="/v1", tags=["models"], route_class=StrictRoute)
 
 class EmbeddingRequest(RequestBody):
     """Texts to embed."""
+
+    model_config = example({"model": "minilm:docstrings", "input": ["Return the mean of the values."]})
 
     model: str = Field(
         max_length=LONGEST_NAME, description="a name from `GET /v1/models` whose task is `sequence-classification`"
@@ -58,6 +61,15 @@ class EmbeddingEntry(BaseModel):
 
 class EmbeddingList(BaseModel):
     """The embeddings of all texts."""
+
+    model_config = example(
+        {
+            "object": "list",
+            "model": "minilm:docstrings",
+            "data": [{"object": "embedding", "index": 0, "embedding": [0.012, -0.034, 0.056]}],
+            "usage": {"prompt_tokens": 9, "total_tokens": 9},
+        }
+    )
 
     object: Literal["list"] = "list"
     model: str

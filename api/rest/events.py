@@ -12,7 +12,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.schemas import EventPage, EventResource
-from chainfed_ray.api.rest.service import Jobs, WithService
+from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs.feed import Busy, EventFeed
 from chainfed_ray.cluster.tables import FINISHED, Event
 
@@ -34,6 +34,7 @@ async def list_events(
     request: Request,
     service: WithService,
     jobs: Jobs,
+    caller: Caller,
     after: Annotated[int, Query(ge=0, lt=2**31, description="return only events with a higher number than this")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000, description="the most events of a page")] = 1000,
     last_event_id: Annotated[
@@ -54,13 +55,13 @@ async def list_events(
         return JSONResponse(page.model_dump())
     if over:
         return Response(status_code=204)  # the standard of server-sent events: the client must not reconnect
-    service.feed.check_room()
+    service.feed.check_room(caller.tenant)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_stream(service.feed, job, after), media_type=_MEDIA_TYPE, headers=headers)
+    return StreamingResponse(_stream(service.feed, job, after, caller.tenant), media_type=_MEDIA_TYPE, headers=headers)
 
 
-async def _stream(feed: EventFeed, job: str, after: int) -> AsyncIterator[bytes]:
-    async with aclosing(feed.watch(job, after)) as happenings:
+async def _stream(feed: EventFeed, job: str, after: int, tenant: str) -> AsyncIterator[bytes]:
+    async with aclosing(feed.watch(job, after, tenant)) as happenings:
         async for happening in happenings:
             match happening:
                 case Event():

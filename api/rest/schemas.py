@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from chainfed_ray.cluster.jobs.versions import Trained, name_of_exit
 from chainfed_ray.cluster.tables import JobRecord
@@ -29,6 +30,11 @@ LONGEST_NAME = (
 MOST_CHARACTERS = 500_000  # of all texts of a request to a model
 LONGEST_TEXT = 100_000  # characters of one of them
 PromptText = Annotated[str, Field(max_length=LONGEST_TEXT)]
+
+
+def example(body: JsonDict) -> ConfigDict:
+    """The configuration of a model with an example of it, which the OpenAPI document shows."""
+    return ConfigDict(json_schema_extra={"examples": [body]})
 
 
 def bounded(texts: Sequence[str]) -> Sequence[str]:
@@ -194,6 +200,8 @@ class ModelList(BaseModel):
 class AliasTargets(RequestBody):
     """What an alias stands for. A new model may be tried with a small share of the requests first."""
 
+    model_config = example({"targets": {"minilm:docstrings@9": 0.9, "minilm:docstrings@12": 0.1}})
+
     targets: dict[Annotated[str, Field(max_length=LONGEST_NAME)], Annotated[float, Field(gt=0, le=1)]] = Field(
         min_length=1,
         max_length=8,
@@ -211,6 +219,8 @@ class AliasTargets(RequestBody):
 class AliasResource(BaseModel):
     """A name that stands for one model, or for several."""
 
+    model_config = example({"name": "search", "targets": {"minilm:docstrings@9": 0.9, "minilm:docstrings@12": 0.1}})
+
     name: str
     targets: dict[str, float] = Field(description="names of models, and the share of the requests that each has")
 
@@ -223,6 +233,8 @@ class AliasList(BaseModel):
 
 class ClassifyRequest(RequestBody):
     """Texts to classify, and the model to use."""
+
+    model_config = example({"model": "minilm:docstrings", "texts": ["Return the mean of the values."], "top_k": 1})
 
     model: str = Field(max_length=LONGEST_NAME, description="a name from `GET /v1/models`, such as `minilm:docstrings`")
     texts: Annotated[list[PromptText], FailFast(), AfterValidator(bounded)] = Field(
@@ -244,6 +256,14 @@ class Label(BaseModel):
 class ClassifyResponse(BaseModel):
     """A label for each text, in the order of the request."""
 
+    model_config = example(
+        {
+            "model": "minilm:docstrings",
+            "job": "docstrings-1f2e3d4c",
+            "results": [{"label": "statistics", "score": 0.97, "scores": {"statistics": 0.97}}],
+        }
+    )
+
     model: str
     job: str
     results: list[Label]
@@ -251,6 +271,8 @@ class ClassifyResponse(BaseModel):
 
 class Health(BaseModel):
     """The health of the service and of each of its parts."""
+
+    model_config = example({"status": "ok", "checks": {"database": "ok", "storage": "ok"}})
 
     status: Literal["ok", "unavailable"]
     checks: dict[str, str] = Field(description="for each part `ok`, or why it does not work")
@@ -275,6 +297,24 @@ class OpenAIError(BaseModel):
 
 class ProblemDetails(BaseModel):
     """The format of every error: problem details (RFC 9457), with the same in the form of OpenAI's API as `error`."""
+
+    model_config = example(
+        {
+            "type": "urn:chainfed:problem:invalid-request",
+            "title": "Invalid request",
+            "status": 422,
+            "detail": "top_k is 0; expected greater than or equal to 1",
+            "instance": "/v1/classify",
+            "request_id": "5f2c9a1e7b3d4c6f8a0b1c2d3e4f5a6b",
+            "errors": [{"field": "top_k", "value": "0", "expected": "greater than or equal to 1"}],
+            "error": {
+                "message": "top_k is 0; expected greater than or equal to 1",
+                "type": "invalid_request_error",
+                "param": "top_k",
+                "code": "invalid_request",
+            },
+        }
+    )
 
     type: str = Field(description="the kind of problem, for programs: `urn:chainfed:problem:…`")
     title: str

@@ -4,11 +4,13 @@ Work that a caller asked for ends when the caller goes away (``while_connected``
 """
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Protocol, TypeVar
 
 from fastapi import Depends, HTTPException, Request
@@ -29,6 +31,9 @@ from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sa
 from chainfed_ray.spec.job import JobSpec
 
 Result = TypeVar("Result")
+_PATIENCE_SECONDS = 5.0  # for a part of the service
+_KEPT_SECONDS = 2.0
+_log = logging.getLogger(__name__)
 
 
 class CallerGone(Exception):
@@ -122,6 +127,40 @@ class Alive(Protocol):
     async def __call__(self) -> None: ...
 
 
+class Parts:
+    """Checks all parts of the service at the same time, each within ``_PATIENCE_SECONDS``. All calls come from one event loop.
+
+    A check writes to disks and asks other processes, and anybody may ask for it. So what was found is kept for
+    ``_KEPT_SECONDS``, and who asks meanwhile, or while the parts are checked, is told the same.
+    """
+
+    def __init__(self, parts: Mapping[str, Alive]) -> None:
+        self._parts, self._kept_until = parts, 0.0
+        self._checking: asyncio.Task[dict[str, str]] | None = None
+
+    async def states(self) -> dict[str, str]:
+        """For each part ``ok``, or why it does not work."""
+        checking = self._checking
+        if checking is None or (checking.done() and monotonic() >= self._kept_until):
+            self._checking = checking = asyncio.create_task(self._check())
+        return await asyncio.shield(checking)  # a caller that goes away ends it for nobody
+
+    async def _check(self) -> dict[str, str]:
+        states = await asyncio.gather(*(self._state(name, alive) for name, alive in self._parts.items()))
+        self._kept_until = monotonic() + _KEPT_SECONDS
+        return dict(zip(self._parts, states, strict=True))
+
+    async def _state(self, name: str, alive: Alive) -> str:
+        try:
+            await asyncio.wait_for(alive(), _PATIENCE_SECONDS)
+        except TimeoutError:
+            return f"no answer within {_PATIENCE_SECONDS:g} s"
+        except Exception as error:  # whatever one part raises, the others are still checked
+            _log.warning("%s does not work", name, exc_info=error)
+            return f"{type(error).__name__}; the service's log says more"
+        return "ok"
+
+
 def _never() -> bool:
     return False
 
@@ -167,6 +206,11 @@ class Service:
     def feed(self) -> EventFeed:
         """The events of jobs as they come, for all who watch."""
         return EventFeed(self.store, self.drains)
+
+    @cached_property
+    def health(self) -> Parts:
+        """Whether each part works, for all who ask."""
+        return Parts(self.parts)
 
     @cached_property
     def log_readers(self) -> Waiting:

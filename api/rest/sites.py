@@ -74,7 +74,7 @@ async def next_order(body: Asking, site: SiteName, service: WithService) -> Next
     ends = loop.time() + body.wait
     while True:
         order = await run_in_threadpool(service.mailbox.next, site, body.session, body.running)
-        over = await run_in_threadpool(service.mailbox.over, body.jobs) if body.jobs else ()
+        over = await run_in_threadpool(service.mailbox.over, site, body.jobs) if body.jobs else ()
         left = ends - loop.time()
         if order or over or left <= 0:
             return NextOrder(order=order, over=over)

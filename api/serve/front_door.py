@@ -87,14 +87,19 @@ class RequestIds:
 
 
 def _tell(scope: Scope, status: int, seconds: float) -> None:
-    """Say whose request is over; and log it, where lines of logs are JSON. A ``status`` of 0 is that of a caller who left."""
+    """Say whose request is over, and about which job; and log it, where lines of logs are JSON.
+
+    A ``status`` of 0 is that of a caller who left.
+    """
     identity = scope["state"].get("identity")
-    tenant = {"tenant": identity.tenant} if identity else {}
-    note(**tenant)
+    whose = {"tenant": identity.tenant} if identity else {}
+    if job := scope.get("path_params", {}).get("job"):  # as the route that was found has it
+        whose["job"] = job
+    note(**whose)
     if not _log.isEnabledFor(logging.INFO):
         return
     what = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 4)}
-    _log.info("%s %s %d", scope["method"], scope["path"], status, extra={"about": what | tenant})
+    _log.info("%s %s %d", scope["method"], scope["path"], status, extra={"about": what | whose})
 
 
 class Draining:

@@ -77,10 +77,7 @@ def read_path(path: Path, wanted: Collection[str] | None = None) -> Table:
         raise ValueError("a file or folder, and no pipe or device")
     if not path.is_dir():
         return _read(path, wanted)
-    # Names that begin with a dot are of what else writes into folders, such as macOS.
-    files = sorted(
-        file for file in path.iterdir() if file.name[0] != "." and file.is_file() and _form(file) is not None
-    )
+    files = sorted(file for file in _files_in(path) if _form(file) is not None)
     forms = {_form(file) for file in files}
     if len(forms) != 1:
         raise ValueError(f"a folder of files of one form; it has {', '.join(sorted(map(str, forms))) or 'none'}")
@@ -92,6 +89,21 @@ def read_path(path: Path, wanted: Collection[str] | None = None) -> Table:
     return Table(
         first.names, {name: [cell for _, table in tables for cell in table.columns[name]] for name in first.columns}
     )
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """The files of a folder, but those whose names begin with a dot: they are of what else writes into folders, such as macOS.
+
+    Raises:
+        NotAllowed: a link leads to where the rules of this process do not allow it, whether anything is there or not.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            file = folder / entry.name
+            if entry.name.startswith("."):
+                continue
+            if data_path(file).is_file() if entry.is_symlink() else entry.is_file(follow_symlinks=False):
+                yield file
 
 
 def read_upload(upload: str, wanted: Collection[str] | None = None) -> Table:

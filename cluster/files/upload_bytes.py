@@ -6,9 +6,7 @@ uploads/<tenant>/lock              held while bytes are added to those, or taken
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from fcntl import LOCK_EX, flock
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -23,7 +21,8 @@ from chainfed_ray.errors import UploadConflict
 
 _PIECE_BYTES = 8 * 2**20
 _UNUSED_SECONDS = 86400.0
-_PARTIAL, _LOCK = ".partial", "lock"
+LOCK = "lock"
+_PARTIAL = ".partial"
 _ELSEWHERE = "another request sends to it now"
 
 
@@ -82,6 +81,7 @@ class UploadFiles(Protocol):
 
         Raises:
             UploadConflict: another request has changed them since.
+            FileNotFoundError: another request has kept or deleted them.
         """
         ...
 
@@ -115,10 +115,6 @@ class UploadFiles(Protocol):
 
     def partials(self, tenant: str) -> list[str]:
         """The ids of the uploads of which bytes have arrived."""
-        ...
-
-    def locked(self, tenant: str) -> AbstractContextManager[None]:
-        """Held while bytes are added or taken away, by one process of this machine at a time."""
         ...
 
 
@@ -187,20 +183,11 @@ class UploadFolder:
     def wholes(self, tenant: str) -> list[str]:
         """See ``UploadFiles``."""
         names = (path.name for path in self._storage.uploads(tenant).iterdir())
-        return [name for name in names if name != _LOCK and not name.endswith(_PARTIAL)]
+        return [name for name in names if name != LOCK and not name.endswith(_PARTIAL)]
 
     def partials(self, tenant: str) -> list[str]:
         """See ``UploadFiles``."""
         return [path.stem for path in self._storage.uploads(tenant).glob(f"*{_PARTIAL}")]
-
-    @contextmanager
-    def locked(self, tenant: str) -> Iterator[None]:
-        """See ``UploadFiles``: by one process of all that share the folder."""
-        folder = self._storage.uploads(tenant)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / _LOCK).open("ab") as file:
-            flock(file, LOCK_EX)
-            yield
 
     def _whole(self, tenant: str, digest: str) -> Path:
         return self._storage.uploads(tenant) / digest
@@ -232,6 +219,7 @@ class StoredUploads(UploadFolder):
         """See ``UploadFiles``."""
         pieces, whole = self._pieces(tenant, upload), self._whole(tenant, digest)
         partial = whole.with_name(f"{token_hex(8)}{_PARTIAL}")
+        partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             found = sha256()
             with partial.open("wb") as file:
@@ -287,7 +275,7 @@ class StoredUploads(UploadFolder):
         oldest = time() - _UNUSED_SECONDS
         for path in self._storage.uploads("x").parent.glob("*/*"):
             with suppress(FileNotFoundError):  # another process was faster
-                if path.name != _LOCK and path.stat().st_mtime < oldest:
+                if path.name != LOCK and path.stat().st_mtime < oldest:
                     path.unlink()
 
     def _name(self, tenant: str, name: str) -> str:

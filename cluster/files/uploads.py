@@ -7,18 +7,17 @@ Any process may be killed at any time. Bytes that are complete while their row s
 and bytes that no row names are deleted by ``remove_old``.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from hashlib import blake2b
 from secrets import token_hex
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, String, cast, delete, func, or_, select, true, update
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.files.tenant_lock import TenantLocks
 from chainfed_ray.cluster.files.upload_bytes import Arriving, upload_files
 from chainfed_ray.cluster.files.upload_sources import uploads_in
 from chainfed_ray.cluster.queries.pages import Place
@@ -26,13 +25,13 @@ from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.storage import STORED_BYTES, UPLOADS, Storage
 from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
 from chainfed_ray.cluster.tenants import View
-from chainfed_ray.errors import InvalidJob, LimitReached, UploadConflict, UploadNotFound
+from chainfed_ray.errors import InvalidJob, LimitReached, ServiceBusy, UploadConflict, UploadNotFound
 from chainfed_ray.reading import UploadedFile
 from chainfed_ray.units import format_bytes
 
 KEPT_HOURS = 48  # a part of an upload, after its last byte came
 _OVER = ("succeeded", "failed", "cancelled")  # jobs that read nothing any more
-_LOCK = 0x75706C64  # PostgreSQL's number of the locks of tenants' uploads
+_LOCK_SECONDS = 5.0
 _FULL_SECONDS = 60  # until something may have been deleted
 
 
@@ -56,11 +55,15 @@ class Upload:
 
 
 class UploadStore:
-    """The uploads of a service; safe to use from several threads and processes. ``seen_by`` gives those that a tenant sees."""
+    """The uploads of a service; safe to use from several threads and processes. ``seen_by`` gives those that a tenant sees.
 
-    def __init__(self, storage: Storage) -> None:
-        self._files, self._far, self._view = upload_files(storage), storage.url is not None, View()
+    Who changes a tenant's uploads waits at most ``lock_seconds`` for others that do.
+    """
+
+    def __init__(self, storage: Storage, lock_seconds: float = _LOCK_SECONDS) -> None:
+        self._files, self._view = upload_files(storage), View()
         self._engine = open_tables(storage.database, existing=True)
+        self._locks = TenantLocks(storage, self._engine, lock_seconds)
 
     def seen_by(self, tenant: str, everything: bool) -> Self:
         """These uploads as ``tenant`` sees them, who begins its own: those alone, unless it sees ``everything``."""
@@ -83,9 +86,10 @@ class UploadStore:
         Raises:
             InvalidJob: the tenant has an upload of this SHA-256 with another size.
             LimitReached: the tenant has as many uploads or bytes as it may.
+            ServiceBusy: too many other requests change the tenant's uploads.
         """
         tenant = self._view.tenant
-        with self._locked(tenant), Session(self._engine) as session, session.begin():
+        with self._locks.held(tenant), Session(self._engine) as session, session.begin():
             same = select(UploadRow).where(UploadRow.tenant == tenant, UploadRow.sha256 == sha256)
             alike = list(session.scalars(same))
             if alike and alike[0].bytes != size:
@@ -159,6 +163,7 @@ class UploadStore:
 
         Raises:
             UploadNotFound: the upload was deleted meanwhile.
+            UploadConflict: another request has changed the bytes meanwhile.
             InvalidJob: they have another SHA-256. They are deleted, and may be sent again.
         """
         file.flush()
@@ -172,12 +177,7 @@ class UploadStore:
             raise InvalidJob.at(
                 "sha256", found.sha256, f"{digest}, that of the {found.bytes} bytes that came; send them again"
             )
-        with self._locked(found.tenant):
-            if not self.get(
-                upload
-            ).complete:  # or another request that sent the same was faster; or it is deleted by now
-                self._files.keep(found.tenant, upload, found.sha256)
-                self._complete(found)
+        self._keep(found)
         return self.get(upload)
 
     def delete(self, upload: str) -> None:
@@ -186,9 +186,10 @@ class UploadStore:
         Raises:
             UploadNotFound: there is no such upload.
             UploadConflict: a job that is not over reads it.
+            ServiceBusy: too many other requests change the tenant's uploads.
         """
         found = self.get(upload)
-        with self._locked(found.tenant):
+        with self._locks.held(found.tenant):
             with Session(self._engine) as session, session.begin():
                 session.execute(delete(UploadRow).where(UploadRow.id == upload))
                 if job := self._reader(session, found):  # see hold_uploads
@@ -226,13 +227,14 @@ class UploadStore:
                 with self._files.arriving(half.tenant, half.id, half.bytes):
                     self.delete(half.id)
                     count += 1
-            except (UploadConflict, UploadNotFound):  # it goes on, or somebody else was faster
+            except (UploadConflict, UploadNotFound, ServiceBusy):  # it goes on, or somebody else was faster
                 continue
         for tenant in self._files.tenants():
-            with self._locked(tenant):
-                for upload in self._files.partials(tenant):
+            for upload in self._files.partials(tenant):  # the lock is held for one at a time: requests wait for it
+                with suppress(ServiceBusy), self._locks.held(tenant):
                     self._drop_partial(tenant, upload)
-                for sha256 in self._files.wholes(tenant):
+            for sha256 in self._files.wholes(tenant):
+                with suppress(ServiceBusy), self._locks.held(tenant):
                     self._drop(tenant, sha256)
         return count
 
@@ -253,6 +255,27 @@ class UploadStore:
         complete = row.complete or self._files.has(row.tenant, row.sha256)
         received = row.bytes if complete else self._files.received(row.tenant, row.id)
         return Upload(row.id, row.tenant, row.name, row.bytes, row.sha256, received, complete, row.created_at)
+
+    def _keep(self, upload: Upload) -> None:
+        """Keep bytes that were checked. No lock is held: with an object store it takes long, and nobody deletes bytes of a row.
+
+        Raises: see ``finish``.
+        """
+        if self.get(upload.id).complete:  # another request that sent the same was faster
+            return
+        try:
+            self._files.keep(upload.tenant, upload.id, upload.sha256)
+        except (FileNotFoundError, UploadConflict):
+            if self.get(upload.id).complete:
+                return
+            raise UploadConflict(upload.id, "another request sends to it now") from None
+        try:
+            self.get(upload.id)
+        except UploadNotFound:  # deleted while its bytes were kept
+            with suppress(ServiceBusy), self._locks.held(upload.tenant):  # or ``remove_old`` deletes them
+                self._drop(upload.tenant, upload.sha256)
+            raise
+        self._complete(upload)
 
     def _complete(self, upload: Upload) -> None:
         same = (UploadRow.tenant == upload.tenant, UploadRow.sha256 == upload.sha256)
@@ -283,13 +306,3 @@ class UploadStore:
         with Session(self._engine) as session:
             if session.scalar(select(UploadRow.id).where(*of_row)) is None:
                 self._files.drop_partial(tenant, upload)
-
-    @contextmanager
-    def _locked(self, tenant: str) -> Iterator[None]:
-        """Held while a tenant's bytes are added or taken away. Machines that share no folder share a lock of PostgreSQL."""
-        with self._files.locked(tenant), ExitStack() as until_done:
-            if self._far and self._engine.dialect.name == "postgresql":
-                connection = until_done.enter_context(self._engine.connect())
-                number = int.from_bytes(blake2b(tenant.encode(), digest_size=4).digest(), "big", signed=True)
-                connection.execute(select(func.pg_advisory_xact_lock(_LOCK, number)))
-            yield

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from chainfed_ray.cluster.resources import IDLE_BYTES, PREFLIGHT_BYTES, check_options
-from chainfed_ray.cluster.tracing import begin_tracing, carried, flush, span
+from chainfed_ray.cluster.tracing import asked_by, begin_tracing, carried, flush, span
 from chainfed_ray.device.memory_limit import memory_limit
 from chainfed_ray.device.peak import status
 from chainfed_ray.errors import InvalidJob
@@ -94,7 +94,7 @@ class _Checker:
         self, most_bytes: int, rules: ReadingRules, spec: JobSpec, parent: Mapping[str, str]
     ) -> tuple[list[Problem], bool]:
         """What is wrong with a job, and whether this process is fit for further checks."""
-        with span("prepare", parent):
+        with asked_by(parent), span("prepare", parent):
             problems = _problems(most_bytes, rules, spec)
         self._left -= 1
         goes_on = self._left > 0 and status("VmRSS") <= IDLE_BYTES + PREFLIGHT_BYTES

@@ -19,6 +19,7 @@ from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, fai
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.client_memory import check_fits, memory_at_once, why_it_waits
 from chainfed_ray.cluster.storage import Settings
+from chainfed_ray.cluster.structured_logs import about
 from chainfed_ray.cluster.tables import AT_WORK, FINISHED, JobRecord
 from chainfed_ray.errors import InvalidJob
 
@@ -84,7 +85,7 @@ class Controller:
 
         # 1. End cancelled jobs. Their commits are kept; their prefix caches and the secret that samples are drawn from are not.
         for job in self._store.page(status="cancelling"):
-            with _apart(job.id):
+            with _apart(job.id, job.tenant):
                 self._end_cancelled(job.id, over)
         gone = set[str]()
         for deleted in self._store.deletions.marked(_DELETED_AT_ONCE):
@@ -96,15 +97,15 @@ class Controller:
 
         # 2. A job whose coordinator died while it was to pause is paused as soon as no process of it is left.
         for job in self._store.page(status="pausing"):
-            with _apart(job.id):
+            with _apart(job.id, job.tenant):
                 if job.id not in alive and self._coordinators.end(job.id):
                     self._store.move(job.id, "paused", before=("pausing",))
 
         # 3. End coordinators whose job is over, or paused. An idle one would keep the autoscaler from giving its machine back.
         at_work = self._store.page(limit=self._settings.parallel_jobs + 1000, status=AT_WORK)
-        running, tenants = {job.id for job in at_work}, Counter(job.tenant for job in at_work)
+        running, tenants = {job.id: job.tenant for job in at_work}, Counter(job.tenant for job in at_work)
         cancelling = {job.id for job in self._store.page(status="cancelling")}
-        idle = alive - running - cancelling
+        idle = alive - running.keys() - cancelling
         for job_id in idle:
             with _apart(job_id):
                 self._coordinators.end(job_id)
@@ -116,9 +117,9 @@ class Controller:
 
         # 4. Start a coordinator for each job at work that has none, as after the loss of the whole cluster. One that is gone
         #    though this controller saw or started it has died at its start: Ray makes others again by itself.
-        died, self._had = self._had - alive, alive & running
-        for job_id in running - alive:
-            with _apart(job_id):
+        died, self._had = self._had - alive, alive & running.keys()
+        for job_id in running.keys() - alive:
+            with _apart(job_id, running[job_id]):
                 if job_id not in died or not has_died_too_often(job_id, self._store, self._settings.storage):
                     self._start(job_id)
 
@@ -134,14 +135,14 @@ class Controller:
                 break
             job_id, tenant = found
             needed: int | None = None
-            with _apart(job_id):
+            with _apart(job_id, tenant):
                 needed = self._begin(job_id, held[tenant], waiting)
             if needed is None:
                 full.add(tenant)  # a smaller one of its jobs does not go before: the greater one might wait for ever
                 continue
             free, held[tenant], tenants[tenant] = free - 1, held[tenant] + needed, tenants[tenant] + 1
             self._store.turns.take(tenant)
-            with _apart(job_id):
+            with _apart(job_id, tenant):
                 self._start(job_id)
         self._waiting = waiting
 
@@ -228,11 +229,15 @@ class Controller:
 
 
 @contextmanager
-def _apart(job: str) -> Iterator[None]:
-    """A part of a step that is about ``job`` alone. If it fails, the step goes on with other jobs, and the next tries again."""
-    try:
-        yield
-    except NO_ANSWER:
-        raise
-    except Exception:  # whatever it is, others must not wait for it
-        _log.exception("a step of the controller failed at job %s", job)
+def _apart(job: str, tenant: str | None = None) -> Iterator[None]:
+    """A part of a step that is about ``job`` alone. If it fails, the step goes on with other jobs, and the next tries again.
+
+    Its lines in the log name the job, and its ``tenant`` where that is known: of a job that is gone it is not.
+    """
+    with about(job=job, **{"tenant": tenant} if tenant else {}):
+        try:
+            yield
+        except NO_ANSWER:
+            raise
+        except Exception:  # whatever it is, others must not wait for it
+            _log.exception("a step of the controller failed at job %s", job)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,11 +12,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import FINISHED, Event, Latest
+from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import JobNotFound, ServiceBusy
 
 POLL_SECONDS = 0.5
 _SILENCE_SECONDS = 15.0
-MOST_WATCHERS = 500
+MOST_WATCHERS = 1000
+MOST_OF_TENANT = 500
 _MOST_RECENT = 100  # events that are kept for those who watch a job
 _PAGE = 1000
 _RETRY_SECONDS = 10
@@ -58,23 +60,30 @@ class EventFeed:
         self._store, self._drains = store, drains
         self._jobs: dict[str, _Watched] = {}
         self._polling: asyncio.Task[None] | None = None
+        self._of_tenants = Counter[str]()
 
-    def check_room(self) -> None:
-        """Check that one more may watch.
+    def check_room(self, tenant: str) -> None:
+        """Check that one more of ``tenant`` may watch.
 
         Raises:
-            ServiceBusy: too many watch already.
+            ServiceBusy: too many watch already, of all tenants or of this one.
         """
-        if sum(watched.watchers for watched in self._jobs.values()) >= MOST_WATCHERS:
+        if self._of_tenants.total() >= MOST_WATCHERS:
             raise ServiceBusy("watchers of jobs", _RETRY_SECONDS)
+        if self._of_tenants[tenant] >= MOST_OF_TENANT:
+            raise ServiceBusy("watchers of jobs of one tenant", _RETRY_SECONDS)
 
-    async def watch(self, job: str, after: int) -> AsyncGenerator[Event | Busy | None, None]:
+    async def watch(
+        self, job: str, after: int, tenant: str = DEFAULT_TENANT
+    ) -> AsyncGenerator[Event | Busy | None, None]:
         """Yield the events of ``job`` with numbers above ``after`` until the job is over, and what it is doing.
+
+        Whoever watches is of ``tenant``.
 
         Yields None after some silence. The events of a job that is deleted end.
         """
         told, last = None, ""
-        with self._watched(job) as watched:
+        with self._watched(job, tenant) as watched:
             while True:
                 change = watched.change
                 if watched.deleted or self._drains():
@@ -107,15 +116,18 @@ class EventFeed:
             return []
 
     @contextmanager
-    def _watched(self, job: str) -> Iterator[_Watched]:
+    def _watched(self, job: str, tenant: str) -> Iterator[_Watched]:
         watched = self._jobs.setdefault(job, _Watched())
         watched.watchers += 1
+        self._of_tenants[tenant] += 1
         if self._polling is None or self._polling.done():
             self._polling = asyncio.create_task(self._poll())
         try:
             yield watched
         finally:
             watched.watchers -= 1
+            self._of_tenants[tenant] -= 1
+            self._of_tenants += Counter()  # forgets tenants that watch no more
             if not watched.watchers:
                 del self._jobs[job]
             if not self._jobs and self._polling is not None:

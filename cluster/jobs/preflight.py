@@ -5,8 +5,9 @@ seconds. It ends when its caller goes away, with its process, unless that is one
 """
 
 import asyncio
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,13 @@ _RETRY_SECONDS = 10
 class Limits:
     """What checks and dry runs may take: ``most_bytes`` counts above an idle process.
 
-    Beyond ``at_once`` a few more wait for a place, for ``wait_seconds`` at most.
+    Beyond ``at_once`` a few more wait for a place, for ``wait_seconds`` at most. A tenant has a part of both places.
     """
 
-    at_once: int = 2
-    waiting: int = 8
+    at_once: int = 3
+    at_once_of_tenant: int = 2
+    waiting: int = 16
+    waiting_of_tenant: int = 8
     wait_seconds: float = 20.0
     check_seconds: float = 120.0
     plan_seconds: float = 300.0
@@ -60,7 +63,9 @@ class Preflight:
     ) -> None:
         self._client_slots, self._limits, self._rules, self._uploads = client_slots, limits, rules, uploads
         self._places = asyncio.Semaphore(limits.at_once)
-        self._waiting = 0
+        self._of_tenants = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(limits.at_once_of_tenant))
+        self._waiting = Counter[str]()
+        self._asking = Counter[str]()  # those that wait or have a place
         self._where = on_this_machine() if near else {}
         self._checkers = Checkers(self._where)
 
@@ -78,7 +83,7 @@ class Preflight:
         """
         rules = await self._rules_for(spec, reads_anything, tenant)
         most, seconds = self._limits.most_bytes, self._limits.check_seconds
-        async with self._place():
+        async with self._place(tenant):
             with _named("the check of the job", seconds), span("check", tenant=tenant):
                 problems = await self._checkers.check(most, rules, spec, seconds)
         if problems:
@@ -93,7 +98,7 @@ class Preflight:
             PartUnavailable: the dry run took too long, or its process died.
         """
         rules = await self._rules_for(spec, reads_anything, tenant)
-        async with self._place():
+        async with self._place(tenant):
             task: Any = _forecast
             reference = task.options(**preflight_options(), **self._where).remote(
                 self._limits.most_bytes, rules, spec, self._client_slots
@@ -114,22 +119,34 @@ class Preflight:
         return await asyncio.to_thread(rules_of_job, self._rules, reads_anything, self._uploads, tenant, document)
 
     @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
-        """Hold one of the places. A few callers wait for one, a short time."""
-        if self._waiting >= self._limits.waiting:
-            raise ServiceBusy("checks of jobs and dry runs", _RETRY_SECONDS)
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(self._limits.wait_seconds):
-                await self._places.acquire()
-        except TimeoutError:
-            raise ServiceBusy("checks of jobs and dry runs", _RETRY_SECONDS) from None
-        finally:
-            self._waiting -= 1
-        try:
+    async def _place(self, tenant: str) -> AsyncIterator[None]:
+        """Hold one of the places of ``tenant``, and one of all. A few callers wait for one, a short time."""
+        what = "checks of jobs and dry runs"
+        if self._waiting.total() >= self._limits.waiting:
+            raise ServiceBusy(what, _RETRY_SECONDS)
+        if self._waiting[tenant] >= self._limits.waiting_of_tenant:
+            raise ServiceBusy(f"{what} of one tenant", _RETRY_SECONDS)
+        async with AsyncExitStack() as held:
+            held.callback(self._leave, tenant)
+            self._asking[tenant] += 1
+            self._waiting[tenant] += 1
+            try:
+                async with asyncio.timeout(self._limits.wait_seconds):
+                    # A tenant waits for its own first: it must not hold a place of all meanwhile.
+                    await held.enter_async_context(self._of_tenants[tenant])
+                    await held.enter_async_context(self._places)
+            except TimeoutError:
+                raise ServiceBusy(what, _RETRY_SECONDS) from None
+            finally:
+                self._waiting[tenant] -= 1
             yield
-        finally:
-            self._places.release()
+
+    def _leave(self, tenant: str) -> None:
+        """Forget a tenant that asks for nothing more."""
+        self._asking[tenant] -= 1
+        if not self._asking[tenant]:
+            for known in (self._asking, self._waiting, self._of_tenants):
+                known.pop(tenant, None)
 
 
 @contextmanager

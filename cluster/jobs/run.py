@@ -26,7 +26,7 @@ from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.structured_logs import about
 from chainfed_ray.cluster.tables import AT_WORK, Event, JobRecord
-from chainfed_ray.cluster.tracing import StagesAndRounds, flush, span
+from chainfed_ray.cluster.tracing import StagesAndRounds, asked_by, flush, span
 from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob
 from chainfed_ray.export.cards import write_cards
 from chainfed_ray.federation.evaluation import streamed
@@ -74,9 +74,11 @@ def run_queued_job(
                 record = store.get(job)
                 queued = store.newest(job, "queued")
                 asked = {name: str(value) for name, value in queued.data.items()} if queued else {}
-                request = {"request": asked["request"]} if "request" in asked else {}
-                named = about(job=job, tenant=record.tenant, **request)
-                with named, reading_by(_rules_for(record, rules, storage)):
+                with (
+                    asked_by(asked),
+                    about(job=job, tenant=record.tenant),
+                    reading_by(_rules_for(record, rules, storage)),
+                ):
                     trouble = _run(job, store, storage, make_pool, make_evaluation, sites, asked)
                 if trouble is None:
                     continue

@@ -6,7 +6,7 @@ before.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -36,6 +36,15 @@ _STATES = (*_IN_FLIGHT, "answered", "withdrawn")
 def site_address(tenant: str, site: str) -> str:
     """What the mailbox calls the site of a tenant: its name, with the tenant's before it unless that is the default one."""
     return site if tenant == DEFAULT_TENANT else f"{tenant}/{site}"
+
+
+def over_for(site: str, jobs: Collection[str], going: Mapping[str, str]) -> tuple[str, ...]:
+    """Those of ``jobs`` that are over, as ``site`` is told: none of those ``going`` that is of the site's tenant.
+
+    A job of another tenant is to the site as one that never was.
+    """
+    tenant = site.rpartition("/")[0] or DEFAULT_TENANT
+    return tuple(sorted(job for job in {*jobs} if going.get(job) != tenant))
 
 
 class OrderState(NamedTuple):
@@ -214,11 +223,16 @@ class Mailbox:
             query = select(SiteRow).where(SiteRow.name.in_(sites))
             return {row.name: row.session for row in session.scalars(query)}
 
-    def over(self, jobs: Collection[str]) -> tuple[str, ...]:
-        """Those of ``jobs`` that are over: their orders are deleted."""
+    def over(self, site: str, jobs: Collection[str]) -> tuple[str, ...]:
+        """Those of ``jobs`` that are over for ``site``: see ``over_for``."""
+        return over_for(site, jobs, self.going(jobs))
+
+    def going(self, jobs: Collection[str]) -> dict[str, str]:
+        """The tenants of those of ``jobs`` that have orders, which are deleted once a job is over."""
+        query = select(JobRow.id, JobRow.tenant).join(SiteOrderRow, SiteOrderRow.job == JobRow.id)
         with Session(self._engine) as session:
-            going = select(SiteOrderRow.job).where(SiteOrderRow.job.in_(jobs)).distinct()
-            return tuple(sorted({*jobs} - {*session.scalars(going)}))
+            found = session.execute(query.where(SiteOrderRow.job.in_(jobs)).distinct())
+            return {row.id: row.tenant for row in found}
 
     def heartbeat(self, site: str, order: str, beat: Heartbeat) -> None:
         """Note how far the turn of ``order`` is.

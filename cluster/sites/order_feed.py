@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from chainfed_ray.cluster.sites.mailbox import Mailbox
+from chainfed_ray.cluster.sites.mailbox import Mailbox, over_for
 
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 1.0  # until it is looked again whether those who wait are still their sites' processes
@@ -70,5 +70,7 @@ class OrderFeed:
         """Those of ``waits`` whose site has another process now, or none, or of whose jobs one is over."""
         sessions = self._mailbox.sessions({wait.site for wait in waits})
         jobs = {job for wait in waits for job in wait.jobs}
-        over = {*self._mailbox.over(jobs)} if jobs else set[str]()
-        return [wait for wait in waits if sessions.get(wait.site) != wait.session or over & {*wait.jobs}]
+        going = self._mailbox.going(jobs) if jobs else dict[str, str]()
+        return [
+            wait for wait in waits if sessions.get(wait.site) != wait.session or over_for(wait.site, wait.jobs, going)
+        ]

@@ -14,14 +14,16 @@ from fastapi.testclient import TestClient
 from chainfed_ray.api.serve.front_door import add_front_door
 from chainfed_ray.client.messages import Client, TurnOrder
 from chainfed_ray.client.pool import LocalPool
+from chainfed_ray.cluster.jobs.controller import Controller, Coordinators
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.pool import actors
 from chainfed_ray.cluster.resources import runtime_env
-from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import JOB_LINES, about, log_as_asked, log_as_json, what_lines_are_about
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.spec.parse import parse_job
+from tests.builders import SPEC
 from tests.pools import Altered, Answer
 
 
@@ -78,7 +80,8 @@ def test_the_lines_of_a_job_name_it_and_those_of_turns_the_client(
     stream: StringIO, document: dict[str, Any], storage: Storage, store: JobStore
 ) -> None:
     document["rounds"] |= {"total": 2}
-    job = store.seen_by("alice", False).submit(parse_job(document)).id
+    with about(request="request-7"):
+        job = store.seen_by("alice", False).submit(parse_job(document)).id
     store.move(job, "running")
     orders: list[Mapping[str, str | int]] = []
 
@@ -90,7 +93,7 @@ def test_the_lines_of_a_job_name_it_and_those_of_turns_the_client(
     assert store.get(job).status == "succeeded"
     assert {(of["job"], of["stage"], of["round"]) for of in orders} == {(job, 1, 1), (job, 2, 2)}, "it goes along"
     told = lines(stream)
-    assert {(line["job"], line["tenant"]) for line in told} == {(job, "alice")}
+    assert {(line["job"], line["tenant"], line["request"]) for line in told} == {(job, "alice", "request-7")}
     turns = [line for line in told if "client" in line]
     assert {(line["round"], line["stage"]) for line in turns} == {(1, 1), (2, 2)}
     assert all(line["client"] and "steps on" in line["message"] for line in turns)
@@ -115,15 +118,32 @@ def test_a_request_has_a_line(stream: StringIO) -> None:
     app = FastAPI()
     add_front_door(app, [])
 
-    @app.get("/v1/here")
-    async def here() -> int:
+    @app.get("/v1/jobs/{job}/here")
+    async def here(job: str) -> int:
         logging.getLogger("chainfed_ray.inside").warning("while it is answered")
         return 1
 
-    TestClient(app, "http://localhost").get("/v1/here", headers={"X-Request-ID": "mine"})
+    TestClient(app, "http://localhost").get("/v1/jobs/tiny-1/here", headers={"X-Request-ID": "mine"})
     inside, request = lines(stream)
     assert inside["request"] == request["request"] == "mine"
-    assert (request["method"], request["path"], request["status"]) == ("GET", "/v1/here", 200)
+    assert (request["method"], request["path"], request["status"]) == ("GET", "/v1/jobs/tiny-1/here", 200)
+    assert request["job"] == "tiny-1"
+
+
+def test_lines_of_the_controller_name_the_job_and_its_tenant(
+    stream: StringIO, storage: Storage, store: JobStore
+) -> None:
+    job = store.seen_by("alice", everything=False).submit(SPEC).id
+
+    def fails(*_: Any) -> None:
+        raise ValueError("a disk")
+
+    coordinators = SimpleNamespace(alive=set, ensure=fails, clear_scratch=fails)
+    Controller(Settings(storage), store, cast(Coordinators, coordinators)).step()
+    (line,) = lines(stream)
+    assert (line["message"], line["job"], line["tenant"]) == (
+        f"a step of the controller failed at job {job}", job, "alice",
+    )  # fmt: skip
 
 
 def test_otherwise_nothing_is_told_but_warnings(capfd: pytest.CaptureFixture[str]) -> None:

@@ -117,6 +117,7 @@ def test_who_asks_for_no_traces_imports_nothing_of_them() -> None:
     assert carried() == {}
     code = """
 import sys
+from chainfed_ray.cluster.structured_logs import about
 from chainfed_ray.cluster.tracing import begin_tracing, carried, flush, note, span, trace_requests
 begin_tracing()
 with span("a", {"traceparent": "00-1-1-01"}, job="b"):
@@ -124,6 +125,8 @@ with span("a", {"traceparent": "00-1-1-01"}, job="b"):
 trace_requests(None)
 flush()
 assert carried() == {}
+with about(request="d"):
+    assert carried() == {"request": "d"}
 print(*sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)

@@ -1,5 +1,7 @@
 """Promises of ``GET /metrics``: Prometheus can read it, and it says what is on record, whichever process answers."""
 
+import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from chainfed_ray.api.rest.monitoring import FINISHED_JOBS
-from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.rest.service import Parts, Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.totals import TotalsOfJobs
@@ -62,6 +64,36 @@ def a_running_job(store: JobStore, job_started: JobStarted | None = None) -> str
 
 def publish(store: JobStore, job: str, key: str, record: Record) -> None:
     store.publish(job, key, key.partition("-")[0], record.model_dump(mode="json"))
+
+
+def test_parts_are_checked_at_the_same_time_and_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [100.0], Counter[str]()
+    monkeypatch.setattr("chainfed_ray.api.rest.service.monotonic", lambda: now[0])
+
+    async def story() -> None:
+        both = asyncio.Barrier(2)
+
+        async def first() -> None:
+            calls["first"] += 1
+            await both.wait()
+
+        async def second() -> None:
+            calls["second"] += 1
+            await both.wait()
+            raise OSError
+
+        parts = Parts({"first": first, "second": second})
+        leaves = asyncio.create_task(parts.states())
+        await asyncio.sleep(0)
+        leaves.cancel()
+        found = await asyncio.gather(*(parts.states() for _ in range(20)))
+        assert found == [{"first": "ok", "second": "OSError; the service's log says more"}] * 20
+        for passed, times in ((1.9, 1), (0.2, 2)):
+            now[0] += passed
+            assert await parts.states() == found[0]
+            assert calls == {"first": times, "second": times}
+
+    asyncio.run(story())
 
 
 def test_without_a_job_every_status_is_zero(store: JobStore) -> None:

@@ -1,13 +1,18 @@
 """Promises of the OpenAPI document, which programs read, and of the page that shows it."""
 
+import json
 import re
 from typing import Any, cast
 
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from chainfed_ray.api.rest.errors import MEDIA_TYPE
 from chainfed_ray.api.rest.openai_schemas import CompletionRequest
+from chainfed_ray.api.rest.schemas import Health, ProblemDetails
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.spec.sections import RoundsSpec
@@ -39,6 +44,36 @@ def test_programs_have_names_for_the_operations(document: dict[str, Any]) -> Non
     assert {"submit_job", "list_jobs", "get_job", "cancel_job", "plan_job", "list_events", "chat_completions"} <= set(
         names
     )
+
+
+def test_bodies_have_an_example_that_their_model_takes(document: dict[str, Any], client: TestClient) -> None:
+    """Nobody writes the bodies of sites' routes by hand. Of answers, those to the others have one, but for those about jobs."""
+    parts, shown = document["components"]["schemas"], set[str]()
+
+    def check(model: Any, content: dict[str, Any]) -> None:
+        schema = content["schema"]
+        found = [content["example"]] if "example" in content else schema.get("examples")
+        for given in found or parts[schema["$ref"].rpartition("/")[2]]["examples"]:
+            TypeAdapter(model).validate_json(json.dumps(given))
+        shown.add(model.__name__)
+
+    for context in iter_route_contexts(cast("FastAPI", client.app).routes):
+        route: Any = context
+        if not (route.methods or set()) & {"POST", "PUT"} or "/v1/site/" in route.path:
+            continue
+        (method,) = route.methods
+        operation = operations(document)[f"{method} {route.path.replace(':path', '')}"]
+        if route.body_field:
+            check(route.body_field.field_info.annotation, operation["requestBody"]["content"]["application/json"])
+            answer = operation["responses"][str(route.status_code or 200)]
+            check(route.response_model, answer["content"]["application/json"])
+        else:  # a file, or what a route reads itself
+            for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+                assert "example" in content or kind == "application/octet-stream", (route.path, kind)
+    check(ProblemDetails, operations(document)["GET /v1/jobs"]["responses"]["404"]["content"][MEDIA_TYPE])
+    check(Health, operations(document)["GET /readyz"]["responses"]["200"]["content"]["application/json"])
+    asked = {"ClassifyRequest", "EmbeddingRequest", "CompletionRequest", "ChatRequest", "NewUpload", "AliasTargets"}
+    assert asked <= shown, "the routes were looked at"
 
 
 @pytest.mark.slow

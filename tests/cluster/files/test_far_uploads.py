@@ -72,7 +72,7 @@ def test_each_hour_files_that_no_job_reads_are_deleted(far: Storage) -> None:
 
 def test_only_bytes_that_were_checked_are_kept(far: Storage) -> None:
     files = StoredUploads(ObjectStore(str(far.url)), far)
-    with files.locked("default"), files.arriving("default", "upload", len(ROWS)) as file:
+    with files.arriving("default", "upload", len(ROWS)) as file:
         file.append(ROWS[1:])
         file.flush()
         with pytest.raises(UploadConflict, match="another request"):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fcntl import LOCK_EX, LOCK_UN, flock
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chainfed_ray.cluster.files.arriving import ArrivingFile
+from chainfed_ray.cluster.files.tenant_lock import MOST_AT_ONCE
+from chainfed_ray.cluster.files.upload_bytes import UploadFolder
 from chainfed_ray.cluster.files.uploads import Upload, UploadStore
 from chainfed_ray.cluster.jobs.control import retry
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import moment
-from chainfed_ray.errors import InvalidJob, LimitReached, UploadConflict, UploadNotFound
+from chainfed_ray.errors import InvalidJob, LimitReached, ServiceBusy, UploadConflict, UploadNotFound
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
 from tests.project import ROOT
@@ -214,6 +217,44 @@ def test_a_tenant_has_as_many_bytes_as_it_may(uploads: UploadStore) -> None:
     begin("alice", "c.csv", b"c" * 40)
     with pytest.raises(InvalidJob, match="bytes is 7"):
         uploads.seen_by("alice", everything=False).begin("d.csv", 7, first.sha256)
+
+
+def test_requests_of_one_tenant_do_not_wait_in_all_threads(storage: Storage, store: JobStore) -> None:
+    uploads, waits = UploadStore(storage, lock_seconds=0.1), UploadStore(storage, lock_seconds=60)
+    storage.uploads("a").mkdir(parents=True)
+    with (storage.uploads("a") / "lock").open("ab") as elsewhere, ThreadPoolExecutor(45) as threads:
+        flock(elsewhere, LOCK_EX)
+        with pytest.raises(ServiceBusy, match="one tenant's uploads"):
+            begun(uploads.seen_by("a", everything=False))
+        begun(uploads.seen_by("b", everything=False))
+        asked = [threads.submit(begun, waits.seen_by("a", everything=False)) for _ in range(45)]
+        wait_for(lambda: sum(one.done() for one in asked) == 45 - MOST_AT_ONCE, "refusals")
+        assert all(isinstance(one.exception(), ServiceBusy) for one in asked if one.done())
+        flock(elsewhere, LOCK_UN)
+        busy = sum(isinstance(one.exception(), ServiceBusy) for one in asked)
+    assert busy == 45 - MOST_AT_ONCE, "who waited has its turn"
+    uploads.close()
+    waits.close()
+
+
+def test_others_begin_uploads_while_bytes_are_kept(uploads: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep, upload = UploadFolder.keep, begun(uploads)
+
+    def slow(self: UploadFolder, *of: str) -> None:
+        assert begun(uploads, b"others").received == 0
+        keep(self, *of)
+
+    def deleted(self: UploadFolder, *of: str) -> None:
+        keep(self, *of)
+        uploads.delete(upload.id)
+
+    monkeypatch.setattr(UploadFolder, "keep", slow)
+    assert send(uploads, upload).complete
+    uploads.delete(upload.id)
+    upload = begun(uploads)
+    monkeypatch.setattr(UploadFolder, "keep", deleted)
+    with pytest.raises(UploadNotFound):
+        send(uploads, upload)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.draining import Drain
-from chainfed_ray.cluster.jobs.feed import MOST_WATCHERS, Busy, EventFeed
+from chainfed_ray.cluster.jobs.feed import MOST_OF_TENANT, MOST_WATCHERS, Busy, EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import Event
 from chainfed_ray.errors import ServiceBusy
@@ -81,13 +81,21 @@ def test_no_more_watch_than_there_is_room_for(store: JobStore) -> None:
 
     async def story() -> None:
         feed = EventFeed(store)
-        watchers = [feed.watch(job, 0) for _ in range(MOST_WATCHERS)]
+        watchers = [feed.watch(job, 0, "alice") for _ in range(MOST_OF_TENANT)]
         for watcher in watchers:
             await anext(watcher)
-        with pytest.raises(ServiceBusy, match="watchers"):
-            feed.check_room()
+        with pytest.raises(ServiceBusy, match="watchers of jobs of one tenant"):
+            feed.check_room("alice")
+        others = [f"tenant {number}" for number in range(MOST_WATCHERS - MOST_OF_TENANT)]
+        for other in others:
+            feed.check_room(other)
+            watchers.append(feed.watch(job, 0, other))
+            await anext(watchers[-1])
+        with pytest.raises(ServiceBusy, match="watchers of jobs at once"):
+            feed.check_room("bob")
         await watchers[0].aclose()
-        feed.check_room()
+        feed.check_room("bob")
+        feed.check_room("alice")
         for watcher in watchers:
             await watcher.aclose()
 

@@ -11,12 +11,13 @@ from sqlalchemy import text
 
 from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.sites.mailbox import Mailbox
+from chainfed_ray.cluster.sites.mailbox import Mailbox, site_address
 from chainfed_ray.cluster.sites.order_feed import OrderFeed
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
 from chainfed_ray.site.codec import survey_order, write_tensors
 from chainfed_ray.site.envelope import Done, HashedFile, Heartbeat, JobDocument, NotDone, Order
+from tests.builders import SPEC
 
 FIRST, SECOND = 32 * "1", 32 * "2"
 DONE = Done(content={"loss": 0.5})
@@ -30,8 +31,8 @@ def mailbox(storage: Storage, store: JobStore) -> Iterator[Mailbox]:
     made.close()
 
 
-def an_order(data: str = "site:rows.jsonl", most_bytes: int = 10_000) -> Order:
-    order = survey_order("job", "tiny", JobDocument(spec={}).described(), 64 * "0", "silo", data)
+def an_order(data: str = "site:rows.jsonl", most_bytes: int = 10_000, job: str = "job") -> Order:
+    order = survey_order(job, "tiny", JobDocument(spec={}).described(), 64 * "0", "silo", data)
     return order.model_copy(update={"most_bytes": most_bytes})
 
 
@@ -121,15 +122,37 @@ def test_another_site_reaches_nothing(mailbox: Mailbox) -> None:
             request()
 
 
-def test_a_job_that_is_over_takes_its_orders_and_files_with_it(mailbox: Mailbox, storage: Storage) -> None:
-    order = an_order()
+def test_a_site_hears_nothing_of_jobs_of_other_tenants(mailbox: Mailbox, store: JobStore) -> None:
+    jobs = [store.seen_by(tenant, everything=False).submit(SPEC).id for tenant in ("alice", "bob")]
+    of_alice, of_bob = (site_address(tenant, "a") for tenant in ("alice", "bob"))
+    unknown = "unknown"
+    for job, site in zip(jobs, (of_alice, of_bob), strict=True):
+        mailbox.give(site, an_order(job=job))
+    assert mailbox.over(of_alice, [*jobs, unknown]) == tuple(sorted([jobs[1], unknown]))
+    assert mailbox.over("a", jobs) == tuple(sorted(jobs))
+
+    async def waited() -> float:
+        started = monotonic()
+        await OrderFeed(mailbox).wait(of_alice, FIRST, [jobs[1]], 30.0)
+        return monotonic() - started
+
+    mailbox.join(of_alice, FIRST, "1.0")
+    mailbox.withdraw(of_alice, an_order(job=jobs[0]).id)  # so that no order ends the wait
+    assert asyncio.run(waited()) < 20, "as with a job that never was"
+
+
+def test_a_job_that_is_over_takes_its_orders_and_files_with_it(
+    mailbox: Mailbox, storage: Storage, store: JobStore
+) -> None:
+    job = store.submit(SPEC).id
+    order = an_order(job=job)
     mailbox.give("a", order)
     mailbox.next("a", FIRST)
     mailbox.receive("a", order.id, FIRST, 0, b"piece")
-    assert mailbox.over(["job", "another"]) == ("another",)
-    mailbox.forget("job")
-    assert mailbox.over(["job"]) == ("job",)
-    assert not (storage.job("job") / "sites").exists()
+    assert mailbox.over("a", [job, "another"]) == ("another",)
+    mailbox.forget(job)
+    assert mailbox.over("a", [job]) == (job,)
+    assert not (storage.job(job) / "sites").exists()
     with pytest.raises(OrderWithdrawn):
         mailbox.heartbeat("a", order.id, Heartbeat(session=FIRST, doing="training", worked=1.0))
 
@@ -147,21 +170,22 @@ def test_an_order_of_a_version_before_is_taken_back(mailbox: Mailbox, storage: S
 
 
 @pytest.mark.parametrize("what", ["an order", "another process", "its job is over"])
-def test_who_waits_for_an_order_hears_at_once_of_what_matters(mailbox: Mailbox, what: str) -> None:
-    mailbox.give("a", order := an_order())
+def test_who_waits_for_an_order_hears_at_once_of_what_matters(mailbox: Mailbox, store: JobStore, what: str) -> None:
+    job = store.submit(SPEC).id
+    mailbox.give("a", order := an_order(job=job))
     mailbox.next("a", FIRST)
     mailbox.answer("a", order.id, FIRST, DONE)
 
     async def waited() -> float:
         feed, started = OrderFeed(mailbox), monotonic()
-        waits = [asyncio.create_task(feed.wait("a", FIRST, ["job"], 30.0)) for _ in range(2)]
+        waits = [asyncio.create_task(feed.wait("a", FIRST, [job], 30.0)) for _ in range(2)]
         other = asyncio.create_task(feed.wait("b", SECOND, [], 0.5))
         if what == "an order":
-            mailbox.give("a", an_order("site:others.jsonl"))
+            mailbox.give("a", an_order("site:others.jsonl", job=job))
         elif what == "another process":
             mailbox.join("a", SECOND, "1.0")
         else:
-            mailbox.forget("job")
+            mailbox.forget(job)
         await asyncio.gather(*waits, other)
         return monotonic() - started
 
