@@ -41,8 +41,23 @@ def restore(
 
     storage = Settings.from_environment().storage
     with _alone(storage), _answering(storage):
-        made = copies.restore(storage, folder, replace)
-    answer(as_json, _document(made), f"{made.jobs} jobs and {made.uploads} uploads are as they were at {made.made_at}.")
+        made, returned = copies.restore(storage, folder, replace)
+    document = _document(made) | {
+        "keys_back": returned.back,
+        "keys_revoked": returned.revoked,
+        "keys_lost": returned.lost,
+        "audit_entries_kept": returned.entries,
+    }
+    words = [f"{made.jobs} jobs and {made.uploads} uploads are as they were at {made.made_at}."]
+    if returned.back:
+        words.append(f"Valid again are the keys {', '.join(returned.back)}: revoke those that should have ended since.")
+    if returned.revoked:
+        words.append(f"The keys {', '.join(returned.revoked)} were revoked since, and stay so.")
+    if returned.lost:
+        words.append(f"The keys {', '.join(returned.lost)} are not in the copy, and are valid no more.")
+    if returned.entries:
+        words.append(f"{returned.entries} newer entries of the audit log are kept.")
+    answer(as_json, document, *words)
 
 
 def _document(made: "Backup") -> dict[str, object]:
