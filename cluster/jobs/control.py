@@ -32,7 +32,8 @@ def pause(store: JobStore, job: str) -> JobRecord:
 def resume(store: JobStore, job: str, most_queued: int | None = None) -> JobRecord:
     """Let a paused job go on from its last commit. It waits in the queue for a free place, where its place is by its age.
 
-    A job that is about to pause goes on at once. The tenant may have ``most_queued`` jobs in the queue.
+    A job that is about to pause goes on at once: one whose start is not on record is still to be validated. The tenant may
+    have ``most_queued`` jobs in the queue.
 
     Raises:
         JobNotFound: there is no such job.
@@ -40,7 +41,8 @@ def resume(store: JobStore, job: str, most_queued: int | None = None) -> JobReco
         LimitReached: the tenant has as many jobs in the queue as it may.
     """
     store.get(job)
-    if not store.move(job, "running", before=("pausing",)):
+    goes_on: Status = "running" if store.newest(job, "started") else "validating"
+    if not store.move(job, goes_on, before=("pausing",)):
         store.move(job, "queued", before=("paused",), most_queued=most_queued)
     return _reached(store, job, ("queued", "validating", "running"), "be resumed")
 
