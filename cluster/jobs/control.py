@@ -105,7 +105,8 @@ def delete(store: JobStore, job: str) -> None:
     own = store.seen_by(record.tenant, everything=False)
     for alias, shares in own.aliases.all().items():
         if any(_job_of(own, name) == job for name in shares):
-            asked = f"be deleted: the alias {alias} stands for its model; let it stand for another, or delete it"
+            tenant, slash, _ = record.model.rpartition("/")  # as whoever asks calls what is another tenant's
+            asked = f"be deleted: the alias {tenant}{slash}{alias} stands for its model; let it stand for another, or delete it"
             raise JobConflict(job, record.status, asked)
     if not store.deletions.mark(job):
         raise JobConflict(job, store.get(job).status, "be deleted")

@@ -323,11 +323,13 @@ def test_a_model_that_an_alias_stands_for_is_kept(store: JobStore) -> None:
     store.move(new, "succeeded", result={})
     for name in (SPEC.model_name, f"{SPEC.model_name}@best"):
         alice.aliases.set("support", {name: 1.0})
-        with pytest.raises(JobConflict, match="the alias support stands for its model"):
+        with pytest.raises(JobConflict, match="the alias alice/support stands for its model"):
             delete(store, new)
+    with pytest.raises(JobConflict, match="the alias support stands for its model"):
+        delete(alice, new)
     delete(store, old)  # which the name does not mean any more
     alice.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0})
-    with pytest.raises(JobConflict, match="the alias support stands for its model"):
+    with pytest.raises(JobConflict, match="the alias alice/support stands for its model"):
         delete(store, new)  # the last job on that base model
     alice.aliases.delete("support")
     delete(alice, new)
