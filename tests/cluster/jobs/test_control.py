@@ -171,7 +171,9 @@ def test_a_job_that_is_resumed_by_who_had_not_seen_its_start_runs(
         store.move(job, "validating", before=("pausing",))
 
     run_queued_job(job, storage, asking(late, turns=0))
-    assert store.get(job).status == "succeeded"
+    assert [event.kind for event in store.events(job)][-3:] == ["running", "finished", "succeeded"], (
+        "it says so at once"
+    )
 
 
 def test_a_job_that_was_resumed_and_waits_is_cleaned_up_when_it_is_cancelled(store: JobStore) -> None:
