@@ -86,9 +86,7 @@ class Access:
             try:
                 await self._app(request.scope, receive, send_on)
             except Exception:
-                if (
-                    changes and not is_answered
-                ):  # it may have changed something before it failed; the answer comes from above
+                if changes and not is_answered:  # it may be done in part, and the answer is made further out
                     await self._put_down(request, route, HTTPStatus.INTERNAL_SERVER_ERROR, request.url.path)
                 raise
         except* _KeyEnded:  # in a group, if the answer is sent by one of several tasks
