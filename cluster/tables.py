@@ -29,7 +29,7 @@ ROW_VERSION = 2
 
 STATES_BEFORE: Mapping[Status, tuple[Status, ...]] = {
     "queued": ("paused", "failed", "cancelled"),  # resumed or tried again, it waits for a free place
-    "validating": ("queued",),
+    "validating": ("queued", "pausing"),
     "running": ("queued", "validating", "pausing"),  # what has been validated before goes on without that
     "pausing": ("validating", "running"),
     "paused": ("queued", "pausing"),

@@ -28,6 +28,7 @@ from tests import postgres
 from tests import s3 as s3_server
 from tests.builders import a_document, a_job, smallest_budget
 from tests.clusters import a_pool, one_machine
+from tests.lacking import without
 from tests.models import tiny
 
 torch.set_num_threads(1)
@@ -141,7 +142,7 @@ def s3() -> Iterator[s3_server.Server]:
     """A real S3 server. A test takes a prefix of its own."""
     program = s3_server.installed()
     if program is None:
-        pytest.skip("the S3 server of the tests is not installed: make .venv-s3/.installed")
+        without("the S3 server of the tests is not installed: make .venv-s3/.installed")
     with s3_server.server(program) as started:
         yield started
 
@@ -176,7 +177,7 @@ def uploads(storage: Storage, store: JobStore) -> Iterator[UploadStore]:
 @pytest.fixture(scope="module")
 def postgresql() -> Iterator[str]:
     if (programs := postgres.installed()) is None:
-        pytest.skip("no PostgreSQL server is installed")
+        without("no PostgreSQL server is installed")
     with postgres.server(programs) as url:
         yield url
 

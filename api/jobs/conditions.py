@@ -42,7 +42,7 @@ def conditions(changes: Sequence[Event]) -> list[Condition]:
     for change in changes:
         reason = _REASONS.get(change.kind) or str(change.data.get("type", "Failed"))
         truths: dict[ConditionType, Truth | None] = {
-            "Validated": _validated(change.kind, found.get("Running")),
+            "Validated": _validated(change.kind, found.get("Validated")),
             "Running": "True" if change.kind in ("running", "pausing") else "False",
             "Paused": "True" if change.kind == "paused" else "False",
             "Finished": "True" if change.kind in FINISHED else "False",
@@ -57,11 +57,11 @@ def conditions(changes: Sequence[Event]) -> list[Condition]:
     return list(found.values())
 
 
-def _validated(state: str, running: Condition | None) -> Truth | None:
+def _validated(state: str, validated: Condition | None) -> Truth | None:
     """Whether a job in this state is known to be valid. None if the state does not tell, so what was known remains."""
     if state == "running":
         return "True"
     if state == "validating":
         return "Unknown"
-    was_validating = running is not None and running.reason == "Validating"
+    was_validating = validated is not None and validated.reason == "Validating"  # also if it was to pause since
     return "False" if state == "failed" and was_validating else None

@@ -24,6 +24,7 @@ from typing import Any
 from sqlalchemy import Engine, delete, make_url, select
 from sqlalchemy.engine import URL
 
+from chainfed_ray.api.operator.kept import Kept, Returned, contents
 from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.snapshots import Digests, Snapshots, files_below
@@ -90,15 +91,16 @@ def back_up(storage: Storage, folder: Path) -> Backup:
     return made
 
 
-def restore(storage: Storage, folder: Path, replace: bool = False) -> Backup:
-    """Make ``storage`` what was copied into ``folder``. No process of the service may run.
+def restore(storage: Storage, folder: Path, replace: bool = False) -> tuple[Backup, Returned]:
+    """Make ``storage`` what was copied into ``folder``, but for keys that were revoked since. No service may run.
 
-    A storage that has jobs already is not touched unless what it has is to be ``replaced``. What a restore that was cut short
-    has left is replaced by another one.
+    A storage that has anything already is not touched unless what it has is to be ``replaced``. What a restore that was cut
+    short has left is replaced by another one.
 
     Raises:
         CorruptCommit: the copy is not what was written.
-        InvalidSetting: it is no copy, is of another kind of database, the database is of later code, or the storage has jobs.
+        InvalidSetting: it is no copy, is of another kind of database, the database is of later code, or the storage has
+            jobs, keys, uploads or entries of the audit log.
         DBAPIError: the database does not answer.
         OSError: a disk or the object store is full or away.
     """
@@ -109,11 +111,13 @@ def restore(storage: Storage, folder: Path, replace: bool = False) -> Backup:
         raise InvalidSetting("CHAINFED_DATABASE", url.render_as_string(), f"a database of {kind}, as in the copy")
     if kind == "postgresql":
         _check_postgresql(storage, url, folder)
-    before = _jobs_in(storage)
-    if before and not replace:
+    before, found, kept = _present(storage, index["made_at"])
+    if found and not replace:
+        shown = ", ".join(f"{count} {words}" for words, count in found.items())
         raise InvalidSetting(
-            "CHAINFED_STORAGE", storage.shown_place, f"one without jobs; this has {len(before)} (see --replace)"
+            "CHAINFED_STORAGE", storage.shown_place, f"one with nothing in it; this has {shown} (see --replace)"
         )
+    kept.store(storage.root)
     copied = [path.name for path in (folder / "jobs").glob("*")]
     for job in {*before, *copied}:
         storage.remove(job)
@@ -127,7 +131,10 @@ def restore(storage: Storage, folder: Path, replace: bool = False) -> Backup:
     open_tables(storage.database, existing=True).dispose()  # a copy of an earlier version is brought forward
     with _opened(storage) as engine, engine.begin() as connection:
         connection.execute(delete(SiteOrderRow))  # their tensors are not in a copy; a job gives its orders again
-    return Backup(index["made_at"], index["jobs"], index["uploads"], index["bytes"], tuple(index["missing"]))
+        returned = kept.put_back(connection, index["made_at"])
+    kept.forget(storage.root)
+    made = Backup(index["made_at"], index["jobs"], index["uploads"], index["bytes"], tuple(index["missing"]))
+    return made, returned
 
 
 def _copy_job(storage: Storage, job: str, place: Path) -> None:
@@ -316,12 +323,13 @@ def _version(storage: Storage) -> str | None:
         return version_of(engine)
 
 
-def _jobs_in(storage: Storage) -> list[str]:
-    """The jobs that a storage has; none if it has no database yet."""
+def _present(storage: Storage, since: str) -> tuple[list[str], dict[str, int], Kept]:
+    """The jobs that a storage has, what else, and what of it outlives a restore; nothing if it has no database yet."""
     if _version(storage) is None:
-        return []
+        return [], {}, Kept()
     with _opened(storage) as engine, engine.connect() as connection:
-        return list(connection.scalars(select(JobRow.id)))
+        jobs = list(connection.scalars(select(JobRow.id)))
+        return jobs, contents(connection), Kept.of(connection, since)
 
 
 @contextmanager

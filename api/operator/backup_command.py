@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from chainfed_ray.api.operator.acts import put_down
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.errors import InvalidSetting, StorageInUse
@@ -26,6 +27,7 @@ def backup(folder: Folder, as_json: Json = False) -> None:
     storage = Settings.from_environment(existing=True).storage
     with _answering(storage):
         made = back_up(storage, folder)
+        put_down("chainfed backup", str(folder.resolve()), storage.database)
     words = f"{made.jobs} jobs and {made.uploads} uploads, {format_bytes(made.bytes)}, are copied to {folder}."
     lost = [f"Deleted meanwhile, and not in the copy: {', '.join(made.missing)}."] if made.missing else []
     answer(as_json, _document(made), words, *lost)
@@ -41,8 +43,24 @@ def restore(
 
     storage = Settings.from_environment().storage
     with _alone(storage), _answering(storage):
-        made = copies.restore(storage, folder, replace)
-    answer(as_json, _document(made), f"{made.jobs} jobs and {made.uploads} uploads are as they were at {made.made_at}.")
+        made, returned = copies.restore(storage, folder, replace)
+        put_down("chainfed restore", f"{folder.resolve()}, of {made.made_at}", storage.database)
+    document = _document(made) | {
+        "keys_back": returned.back,
+        "keys_revoked": returned.revoked,
+        "keys_lost": returned.lost,
+        "audit_entries_kept": returned.entries,
+    }
+    words = [f"{made.jobs} jobs and {made.uploads} uploads are as they were at {made.made_at}."]
+    if returned.back:
+        words.append(f"Valid again are the keys {', '.join(returned.back)}: revoke those that should have ended since.")
+    if returned.revoked:
+        words.append(f"The keys {', '.join(returned.revoked)} were revoked since, and stay so.")
+    if returned.lost:
+        words.append(f"The keys {', '.join(returned.lost)} are not in the copy, and are valid no more.")
+    if returned.entries:
+        words.append(f"{returned.entries} newer entries of the audit log are kept.")
+    answer(as_json, document, *words)
 
 
 def _document(made: "Backup") -> dict[str, object]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from chainfed_ray.api.operator.acts import put_down
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.cluster.storage import database_url
 from chainfed_ray.errors import InvalidSetting
@@ -49,6 +50,7 @@ def migrate_tables(
                 f"This deletes what version {to} has no place for, such as keys and uploads. Go on?", abort=True
             )
         migrate(engine, to)
+    put_down("chainfed database migrate", f"{found or 'no tables'} to {to}")
     answer(as_json, {"before": found, "database": to}, f"The database has version {to}.")
 
 

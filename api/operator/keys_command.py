@@ -1,7 +1,5 @@
 """``chainfed keys``: makes, lists and revokes API keys in the database of a service, whether it runs or not."""
 
-import getpass
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
+from chainfed_ray.api.operator.acts import put_down
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.cluster.access.identity import SCOPES
 from chainfed_ray.cluster.storage import Settings, database_url
@@ -41,7 +40,7 @@ def create(
     period, wanted = period_of(expires), [scope.strip() for scope in scopes.split(",") if scope.strip()]
     with key_store(makes=True) as store:
         made = store.make_key(owner, wanted, name, period)
-    _put_down("chainfed keys create", f"{made.key.id} of {owner}: {','.join(made.key.scopes)}")
+    put_down("chainfed keys create", f"{made.key.id} of {owner}: {','.join(made.key.scopes)}")
     until = f"until {_shown(made.key.expires_at)} UTC" if made.key.expires_at else "until it is revoked"
     answer(
         as_json,
@@ -75,7 +74,7 @@ def revoke(
     """Revoke a key. A service that runs stops to accept it within seconds."""
     with key_store() as store:
         revoked = store.revoke(key)
-    _put_down("chainfed keys revoke", f"{key} of {revoked.owner}")
+    put_down("chainfed keys revoke", f"{key} of {revoked.owner}")
     answer(as_json, revoked.document(), f"Key {key} of {revoked.owner} is revoked.")
 
 
@@ -101,22 +100,6 @@ def key_store(makes: bool = False) -> Iterator["KeyStore"]:
     except DBAPIError as error:
         shown = make_url(url).render_as_string()  # without the password
         raise InvalidSetting("CHAINFED_DATABASE", shown, f"a database that answers ({error.orig})") from None
-
-
-def _put_down(command: str, target: str) -> None:
-    """Put into the audit log what the operator did, under the name of the account."""
-    from chainfed_ray.cluster.access.audit import Act, AuditLog
-
-    log = AuditLog(database_url(), existing=True)
-    log.note(Act(None, None, command, target, f"{_account()} at the service's machine", "done"))
-    log.close()
-
-
-def _account() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # in a container, a user may have no name
-        return str(os.getuid())
 
 
 def period_of(text: str) -> timedelta | None:

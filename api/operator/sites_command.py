@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from chainfed_ray.api.operator.acts import put_down
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.operator.keys_command import key_store, period_of
 from chainfed_ray.cluster.storage import Settings
@@ -30,6 +31,7 @@ def add(
     period = period_of(expires)
     with key_store(makes=True) as store:
         made = store.make_site_key(site, owner, period)
+    put_down("chainfed sites add", f"{made.key.id} of {owner}: site {site}")
     answer(
         as_json,
         {"site": site, "key": made.key.id, "expires_at": made.key.expires_at, "token": made.token},
@@ -80,4 +82,6 @@ def revoke(
     """Revoke every key of a site. A service that runs stops to accept them within seconds."""
     with key_store() as store:
         revoked = [store.revoke(key.id).id for key in store.keys(owner, "site", site) if key.is_valid()]
+    for key in revoked:
+        put_down("chainfed sites revoke", f"{key} of {owner}: site {site}")
     answer(as_json, {"site": site, "revoked": revoked}, f"Site {site}: {len(revoked)} keys revoked.")

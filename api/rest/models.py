@@ -82,7 +82,11 @@ def get_model(name: str, jobs: Jobs) -> ServedModel:
     return _find(jobs, name, None).model
 
 
-AliasName = Annotated[str, Path(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$", description="such as `support`")]
+_ALIAS = r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?"
+AliasName = Annotated[str, Path(pattern=f"^{_ALIAS}$", description="such as `support`")]
+SeenAlias = Annotated[
+    str, Path(pattern=f"^({_ALIAS}/)?{_ALIAS}$", description="such as `support`; of another tenant, `alice/support`")
+]
 
 
 @router.get("/aliases")
@@ -110,16 +114,17 @@ def set_alias(alias: AliasName, body: AliasTargets, jobs: Jobs, caller: Caller) 
     return AliasResource(name=alias, targets=targets)
 
 
-@router.post("/aliases/{alias}/rollback")
-def roll_back(alias: AliasName, jobs: Jobs) -> AliasResource:
+@router.post("/aliases/{alias:path}/rollback")
+def roll_back(alias: SeenAlias, jobs: Jobs) -> AliasResource:
     """Return an alias to what it stood for before."""
-    if (shares := jobs.aliases.roll_back(alias, lambda name: _is_served(jobs, name))) is None:
+    tenant, slash, _ = alias.rpartition("/")  # it stands for models of its tenant, by the names that they have there
+    if (shares := jobs.aliases.roll_back(alias, lambda name: _is_served(jobs, f"{tenant}{slash}{name}"))) is None:
         raise ModelNotFound(f"{alias}, with something to return to", tuple(jobs.aliases.all()))
     return AliasResource(name=alias, targets=shares)
 
 
-@router.delete("/aliases/{alias}", status_code=204)
-def delete_alias(alias: AliasName, jobs: Jobs) -> None:
+@router.delete("/aliases/{alias:path}", status_code=204)
+def delete_alias(alias: SeenAlias, jobs: Jobs) -> None:
     """Delete an alias. The models stay."""
     if not jobs.aliases.delete(alias):
         raise ModelNotFound(alias, tuple(jobs.aliases.all()))

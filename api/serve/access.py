@@ -70,7 +70,11 @@ class Access:
 
         changes = route is not None and _CHANGING & {*NEEDS[route]} and request.method not in ("GET", "HEAD")
 
+        is_answered = False
+
         async def send_on(message: Message) -> None:
+            nonlocal is_answered
+            is_answered = is_answered or message["type"] == "http.response.start"
             if message["type"] == "http.response.start" and changes:
                 made = Headers(raw=message["headers"]).get("location", request.url.path)
                 await self._put_down(request, route, message["status"], made)
@@ -79,7 +83,12 @@ class Access:
             await send(message)
 
         try:
-            await self._app(request.scope, receive, send_on)
+            try:
+                await self._app(request.scope, receive, send_on)
+            except Exception:
+                if changes and not is_answered:  # it may be done in part, and the answer is made further out
+                    await self._put_down(request, route, HTTPStatus.INTERNAL_SERVER_ERROR, request.url.path)
+                raise
         except* _KeyEnded:  # in a group, if the answer is sent by one of several tasks
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -7,10 +7,11 @@ from threading import Lock
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Engine, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.tables import AuditRow, moment
 
@@ -65,13 +66,8 @@ class AuditLog:
 
         Of refusals, only ``REFUSALS_A_MINUTE`` are put on record: everybody can send what is refused.
         """
-        if is_refusal and not self._has_room():
-            return
-        try:
-            with Session(self._engine) as session, session.begin():
-                session.add(AuditRow(at=moment(), **{name: _cut(value) for name, value in asdict(act).items()}))
-        except SQLAlchemyError as error:
-            _log.error("not in the audit log (%s): %s", type(error).__name__, act)
+        if not is_refusal or self._has_room():
+            _note(self._engine, act)
 
     def page(self, limit: int = 100, before: int | None = None) -> list[Entry]:
         """At most ``limit`` entries, the newest first; only those with numbers below ``before``."""
@@ -90,6 +86,33 @@ class AuditLog:
             self._refusals += 1
             self._left_out += self._refusals > REFUSALS_A_MINUTE
             return self._refusals <= REFUSALS_A_MINUTE
+
+
+def note_once(url: str, act: Act) -> None:
+    """Put ``act`` on record in the database at ``url``, as ``note`` does. Its tables stay of the version that they are.
+
+    Those of a version before the audit log have no place for it.
+    """
+    engine = open_database(url, existing=True)
+    try:
+        if inspect(engine).has_table(AuditRow.__tablename__):
+            _note(engine, act)
+    except SQLAlchemyError as error:
+        _log_lost(act, error)
+    finally:
+        engine.dispose()
+
+
+def _note(engine: Engine, act: Act) -> None:
+    try:
+        with Session(engine) as session, session.begin():
+            session.add(AuditRow(at=moment(), **{name: _cut(value) for name, value in asdict(act).items()}))
+    except SQLAlchemyError as error:
+        _log_lost(act, error)
+
+
+def _log_lost(act: Act, error: SQLAlchemyError) -> None:
+    _log.error("not in the audit log (%s): %s", type(error).__name__, act)
 
 
 def _cut(value: str | None) -> str | None:

@@ -32,7 +32,8 @@ def pause(store: JobStore, job: str) -> JobRecord:
 def resume(store: JobStore, job: str, most_queued: int | None = None) -> JobRecord:
     """Let a paused job go on from its last commit. It waits in the queue for a free place, where its place is by its age.
 
-    A job that is about to pause goes on at once. The tenant may have ``most_queued`` jobs in the queue.
+    A job that is about to pause goes on at once: one whose start is not on record is still to be validated. The tenant may
+    have ``most_queued`` jobs in the queue.
 
     Raises:
         JobNotFound: there is no such job.
@@ -40,7 +41,8 @@ def resume(store: JobStore, job: str, most_queued: int | None = None) -> JobReco
         LimitReached: the tenant has as many jobs in the queue as it may.
     """
     store.get(job)
-    if not store.move(job, "running", before=("pausing",)):
+    goes_on: Status = "running" if store.newest(job, "started") else "validating"
+    if not store.move(job, goes_on, before=("pausing",)):
         store.move(job, "queued", before=("paused",), most_queued=most_queued)
     return _reached(store, job, ("queued", "validating", "running"), "be resumed")
 
@@ -103,7 +105,8 @@ def delete(store: JobStore, job: str) -> None:
     own = store.seen_by(record.tenant, everything=False)
     for alias, shares in own.aliases.all().items():
         if any(_job_of(own, name) == job for name in shares):
-            asked = f"be deleted: the alias {alias} stands for its model; let it stand for another, or delete it"
+            tenant, slash, _ = record.model.rpartition("/")  # as whoever asks calls what is another tenant's
+            asked = f"be deleted: the alias {tenant}{slash}{alias} stands for its model; let it stand for another, or delete it"
             raise JobConflict(job, record.status, asked)
     if not store.deletions.mark(job):
         raise JobConflict(job, store.get(job).status, "be deleted")

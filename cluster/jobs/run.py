@@ -242,8 +242,11 @@ def _train(
                     assert started is not None, "the first record"
                     _publish(store, job, "finished", "finished", record)
                     return JobResult.of(spec.name, started, rounds, record)
-            if store.get(job).status == "pausing" or Drain(storage.root).has_begun():
+            status = store.get(job).status
+            if status == "pausing" or Drain(storage.root).has_begun():
                 return None
+            if status == "validating":  # it was to pause, and was resumed by who had not seen that it had started
+                store.move(job, "running", before=("validating",))
             spans.begin_next()
 
 

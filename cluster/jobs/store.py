@@ -297,7 +297,7 @@ class JobStore:
             if to == "queued":
                 tenant, document = session.execute(select(JobRow.tenant, JobRow.spec).where(JobRow.id == job)).one()
                 hold_uploads(session, tenant, document or {})
-                check_queue(session, tenant, most_queued)
+                check_queue(session, tenant, most_queued, was_paused=before == ("paused",))
             _append(session, job, None, to, now, error or (carried() if to == "queued" else {}))
         return True
 

@@ -69,12 +69,15 @@ class Turns:
                     session.flush()
 
 
-def check_queue(session: Session, tenant: str, most: int | None) -> None:
-    """Check that ``tenant`` has at most so many jobs in the queue.
+def check_queue(session: Session, tenant: str, most: int | None, was_paused: bool = False) -> None:
+    """Check that ``tenant`` has at most so many jobs in the queue, paused ones counted: a pause makes no room for another job.
+
+    For a job that ``was_paused``, those that still are do not count, or none of many could go on.
 
     Raises:
         LimitReached: it has more.
     """
-    queued = select(func.count()).select_from(JobRow).where(JobRow.tenant == tenant, JobRow.status == "queued")
-    if most is not None and session.scalars(queued).one() > most:
+    counted = ("queued",) if was_paused else ("queued", "paused")
+    found = select(func.count()).select_from(JobRow).where(JobRow.tenant == tenant, JobRow.status.in_(counted))
+    if most is not None and session.scalars(found).one() > most:
         raise LimitReached(tenant, f"a queue of {most}", QUEUED_JOBS, _QUEUE_SECONDS)

@@ -44,7 +44,7 @@ def test_they_follow_from_the_states(story: list[Event]) -> None:
         assert found["Validated"].status == "True"
     if found["Validated"].status == "False":
         tried = len(states) - states[::-1].index("validating")
-        assert states[tried] == "failed"
+        assert next(state for state in states[tried:] if state != "pausing") == "failed"
     if last.kind == "failed":
         assert found["Finished"].reason == "QuorumLost"
 
@@ -61,6 +61,13 @@ def test_a_job_that_is_not_valid_says_so() -> None:
         ("Paused", "False", "InvalidJob", "1"),
         ("Finished", "True", "InvalidJob", "3"),
     ]
+
+
+def test_a_job_that_is_to_pause_and_turns_out_not_to_be_valid_says_so() -> None:
+    kinds = ("queued", "validating", "pausing", "failed")
+    story = [Event(seq, kind, str(seq), {"type": "InvalidJob"}) for seq, kind in enumerate(kinds, 1)]
+    validated = conditions(story)[0]
+    assert (validated.type, validated.status, validated.reason) == ("Validated", "False", "InvalidJob")
 
 
 def test_a_job_that_waits_for_memory_says_so_until_it_begins() -> None:

@@ -16,7 +16,7 @@ from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from tests.apps import an_app
-from tests.builders import MIB, SPEC
+from tests.builders import MIB, SPEC, a_start
 
 
 @pytest.fixture
@@ -35,6 +35,7 @@ def test_a_job_pauses_goes_on_and_is_cancelled(client: TestClient, store: JobSto
     assert ask("pause") == (202, "paused")
     assert ask("resume") == (202, "queued")
     store.move(job, "running")
+    store.publish(job, "started", "started", a_start().model_dump(mode="json"))
     assert ask("pause") == (202, "pausing")
     assert ask("resume") == (202, "running")
     assert ask("cancel") == (202, "cancelling")

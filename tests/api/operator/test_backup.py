@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from sqlalchemy import inspect, text
 
 from chainfed_ray.api.operator.backup import back_up, restore
+from chainfed_ray.api.operator.kept import Kept
+from chainfed_ray.cluster.access.audit import Act, AuditLog
+from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -26,7 +30,9 @@ from chainfed_ray.site.codec import survey_order
 from chainfed_ray.site.envelope import Done, JobDocument
 from tests.builders import SPEC, a_round, a_start
 from tests.models import a_saved_stack
+from tests.pools import Killed
 
+ACT = Act("alice", "0123", "POST /v1/jobs", "/v1/jobs/x", "10.1.2.3", "201", "r")
 ROWS = b"text,label\na,sea\n"
 
 
@@ -137,7 +143,7 @@ def test_what_is_restored_answers_as_at_the_time_of_the_backup(
     if target == storage:
         with pytest.raises(InvalidSetting, match="--replace"):
             restore(target, tmp_path / "copy")
-    restored = restore(target, tmp_path / "copy", replace=target == storage)
+    restored, _ = restore(target, tmp_path / "copy", replace=target == storage)
     assert restored == made
     assert answers(target, jobs, upload) == then
     assert not target.committed(later).exists()
@@ -243,6 +249,70 @@ def test_a_job_that_commits_to_an_object_store_while_it_is_copied(
     copied = CommitLog(tmp_path / "copy" / "jobs" / job)
     assert len(copied.rounds()) == 4
     assert copied.tensors(3)["x"].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("has", "words"),
+    [("key", "this has 1 keys"), ("upload", "this has 1 uploads"), ("act", "this has 1 entries of the audit log")],
+)
+def test_a_storage_that_has_anything_is_not_replaced_without_a_word(
+    storage: Storage, tmp_path: Path, has: str, words: str
+) -> None:
+    back_up(storage, tmp_path / "copy")
+    keys, uploads, audit = KeyStore(storage.database), UploadStore(storage), AuditLog(storage.database)
+    if has == "key":
+        keys.make_key("alice", ["read"])
+    elif has == "upload":
+        uploaded(uploads, ROWS)
+    else:
+        audit.note(ACT)
+    for one in (keys, uploads, audit):
+        one.close()
+    before = (storage.root / "chainfed.db").read_bytes()
+    with pytest.raises(InvalidSetting, match=rf"nothing in it; {words} \(see --replace\)"):
+        restore(storage, tmp_path / "copy")
+    assert (storage.root / "chainfed.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("is_cut_short", [False, True])
+def test_what_was_revoked_stays_so_and_the_audit_log_forgets_nothing(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cut_short: bool
+) -> None:
+    storage = Storage.at(tmp_path / "storage", database)
+    keys, audit = KeyStore(database), AuditLog(database)
+    stays, ends = (keys.make_key("alice", ["read"]) for _ in range(2))
+    audit.note(replace(ACT, target="before"))
+    made = back_up(storage, tmp_path / "copy")
+    keys.revoke(ends.key.id)
+    later = keys.make_key("bob", ["read"])
+    audit.note(replace(ACT, target="after"))
+    for one in (keys, audit):
+        one.close()
+    if is_cut_short:
+        with monkeypatch.context() as patch:
+            patch.setattr(Kept, "put_back", killed)
+            with pytest.raises(Killed):
+                restore(storage, tmp_path / "copy", replace=True)
+    again, returned = restore(storage, tmp_path / "copy", replace=True)
+    assert again == made
+    assert (returned.revoked, returned.lost) == ([ends.key.id], [later.key.id])
+    assert returned.back == []
+    keys, audit = KeyStore(database), AuditLog(database)
+    assert [keys.authenticate(made.token) is not None for made in (stays, ends, later)] == [True, False, False]
+    assert [entry.target for entry in audit.page()] == ["after", "before"]
+    audit.note(replace(ACT, target="now"))
+    assert audit.page(1)[0].target == "now"
+    for one in (keys, audit):
+        one.close()
+    fresh = Storage.at(tmp_path / "fresh")
+    if database.startswith("sqlite"):
+        assert set(restore(fresh, tmp_path / "copy")[1].back) == {stays.key.id, ends.key.id}, (
+            "nobody knows of them there"
+        )
+
+
+def killed(*_: object) -> None:
+    raise Killed
 
 
 def test_a_copy_is_its_owners_alone(storage: Storage, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def requests(jobs: list[str]) -> dict[str, list[dict[str, Any]]]:
     stored = [{"upload": upload} for upload in (*uploads, 16 * "0")]
     keyed = [{"json": FILE, "headers": {"Idempotency-Key": key}} for key in ("file", "nobody's")]
     others = {**FILE, "sha256": sha256(b"x" * len(ROWS)).hexdigest()}
-    aliases = [{"alias": alias} for alias in ("hidden", "none")]
+    aliases = [{"alias": alias} for alias in ("hidden", "none", "alice/hidden", "alice/none")]
     targets: list[dict[str, float]] = [{name: 1} for name in MODELS]
     return {
         "GET /healthz": [{}],
@@ -288,6 +288,27 @@ def test_two_tenants_may_call_their_models_and_aliases_alike(
     ]  # fmt: skip
     assert world.ask("alice", "DELETE", "/v1/aliases/mine").status_code == 204
     assert world.ask("bob", "GET", "/v1/models/mine").status_code == 200
+
+
+@pytest.mark.slow
+def test_an_admin_rolls_back_and_deletes_the_alias_of_a_tenant(worlds: tuple[World, World]) -> None:
+    world = worlds[0]
+    _, job = world.make("alice", "secret"), world.make("alice", "new")
+    for name in ("minilm:secret", "minilm:new"):
+        assert world.ask("alice", "PUT", "/v1/aliases/mine", json={"targets": {name: 1}}).status_code == 200
+    refused = world.ask("admin", "DELETE", f"/v1/jobs/{job}")
+    assert refused.status_code == 409
+    assert "the alias alice/mine stands for its model" in refused.json()["detail"]
+    for who in ("bob", "admin"):
+        assert world.ask(who, "DELETE", "/v1/aliases/mine").status_code == 404, "it is not theirs"
+    for method, path in (("DELETE", "alice/mine"), ("POST", "alice/mine/rollback"), ("DELETE", "alice%2Fmine")):
+        assert world.ask("bob", method, f"/v1/aliases/{path}").status_code == 404
+    back = world.ask("admin", "POST", "/v1/aliases/alice/mine/rollback")
+    assert (back.status_code, back.json()) == (200, {"name": "alice/mine", "targets": {"minilm:secret": 1.0}})
+    assert world.ask("admin", "DELETE", f"/v1/jobs/{job}").status_code == 204
+    assert world.ask("admin", "DELETE", "/v1/aliases/alice%2Fmine").status_code == 204, "as the client sends it"
+    assert world.ask("alice", "GET", "/v1/models/mine").status_code == 404
+    assert world.ask("admin", "DELETE", "/v1/aliases/alice/b/mine").status_code == 422
 
 
 @pytest.mark.slow

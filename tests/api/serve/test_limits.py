@@ -30,6 +30,24 @@ def bearer(keys: KeyStore, owner: str, *scopes: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {keys.make_key(owner, scopes).token}"}
 
 
+def test_a_change_that_fails_halfway_is_put_down(
+    store: JobStore, keys: KeyStore, audit: AuditLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = an_app(store, AccessRules(KeyRing(keys), "nobody", audit=audit))
+    client = TestClient(app, "http://localhost", raise_server_exceptions=False)
+    alice, job = bearer(keys, "alice", "submit", "read"), store.seen_by("alice", everything=False).submit(SPEC).id
+
+    def breaks(*_: object, **__: object) -> bool:
+        raise RuntimeError("after it has done something")
+
+    monkeypatch.setattr(JobStore, "move", breaks)
+    monkeypatch.setattr(JobStore, "lines", breaks)
+    assert client.post(f"/v1/jobs/{job}/cancel", headers=alice).status_code == 500
+    assert client.get("/v1/jobs", headers=alice).status_code == 500, "which changes nothing"
+    found = [(entry.tenant, entry.action, entry.target, entry.outcome) for entry in audit.page()]
+    assert found == [("alice", "POST /v1/jobs/{job}/cancel", f"/v1/jobs/{job}/cancel", "500")]
+
+
 @pytest.mark.slow
 def test_what_is_changed_and_who_is_refused_is_put_down(store: JobStore, keys: KeyStore, audit: AuditLog) -> None:
     app = an_app(store, AccessRules(KeyRing(keys), "nobody", audit=audit))

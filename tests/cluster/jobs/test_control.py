@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from chainfed_ray.activity import Note
+from chainfed_ray.api.jobs.conditions import CHANGES, conditions
 from chainfed_ray.client.messages import Client, Training, TurnOrder
 from chainfed_ray.client.pool import ClientPool, LocalPool, MakePool
 from chainfed_ray.cluster.jobs.control import cancel, delete, pause, resume, retry
@@ -91,10 +92,14 @@ def test_a_job_that_is_resumed_before_it_has_paused_goes_on_at_once(
     assert_same(load_stack(storage.model(job)).stack.tensors(), expected)
 
 
-def in_state(store: JobStore, state: Status) -> str:
+def in_state(store: JobStore, state: Status, was_validated: bool = True) -> str:
     """A job that got to ``state`` by itself and by what was asked of it."""
     job = store.submit(SPEC).id
-    ways: dict[Status, tuple[Status, ...]] = {"queued": (), "paused": ("running", "pausing"), "cancelled": ()}
+    if was_validated:
+        store.publish(job, "started", "started", {})
+    ways: dict[Status, tuple[Status, ...]] = {
+        "queued": (), "validating": (), "paused": ("running", "pausing"), "cancelled": (),
+    }  # fmt: skip
     for before in ways.get(state, ("running",)):
         assert store.move(job, before)
     assert store.get(job).status == state or store.move(job, state)
@@ -142,6 +147,33 @@ def test_what_is_asked_of_a_job_leads_to_its_state_or_is_refused_in_words(
     else:
         assert ask(store, job).status == leads_to
         assert ask(store, job).status == leads_to, "it may be asked twice"
+
+
+def test_a_job_that_is_resumed_before_it_was_validated_is_validated(store: JobStore) -> None:
+    job = in_state(store, "validating", was_validated=False)
+    for _ in range(2):
+        assert [ask(store, job).status for ask in (pause, resume, resume)] == ["pausing", "validating", "validating"]
+    store.move(job, "failed", error={"type": "InvalidJob", "message": "no"})
+    found = {one.type: (one.status, one.reason) for one in conditions(store.of_kind(job, *CHANGES))}
+    assert (found["Validated"], found["Finished"]) == (("False", "InvalidJob"), ("True", "InvalidJob"))
+
+
+@pytest.mark.slow
+def test_a_job_that_is_resumed_by_who_had_not_seen_its_start_runs(
+    document: dict[str, Any], storage: Storage, store: JobStore
+) -> None:
+    document["rounds"] |= {"total": 1, "clients": 1}
+    job = store.submit(parse_job(document)).id
+    store.move(job, "validating")
+
+    def late() -> None:
+        store.move(job, "pausing")
+        store.move(job, "validating", before=("pausing",))
+
+    run_queued_job(job, storage, asking(late, turns=0))
+    assert [event.kind for event in store.events(job)][-3:] == ["running", "finished", "succeeded"], (
+        "it says so at once"
+    )
 
 
 def test_a_job_that_was_resumed_and_waits_is_cleaned_up_when_it_is_cancelled(store: JobStore) -> None:
@@ -293,11 +325,13 @@ def test_a_model_that_an_alias_stands_for_is_kept(store: JobStore) -> None:
     store.move(new, "succeeded", result={})
     for name in (SPEC.model_name, f"{SPEC.model_name}@best"):
         alice.aliases.set("support", {name: 1.0})
-        with pytest.raises(JobConflict, match="the alias support stands for its model"):
+        with pytest.raises(JobConflict, match="the alias alice/support stands for its model"):
             delete(store, new)
+    with pytest.raises(JobConflict, match="the alias support stands for its model"):
+        delete(alice, new)
     delete(store, old)  # which the name does not mean any more
     alice.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0})
-    with pytest.raises(JobConflict, match="the alias support stands for its model"):
+    with pytest.raises(JobConflict, match="the alias alice/support stands for its model"):
         delete(store, new)  # the last job on that base model
     alice.aliases.delete("support")
     delete(alice, new)

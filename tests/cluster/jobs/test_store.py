@@ -301,3 +301,14 @@ def test_a_queue_has_so_many_jobs_of_a_tenant(store: JobStore) -> None:
     other = bob.submit(SPEC, most_queued=1).id
     assert [job.id for job in store.queue(9)] == [first, other]
     assert len(store.page()) == 2
+    store.move(first, "paused")
+    with pytest.raises(LimitReached):
+        alice.submit(SPEC, most_queued=1)  # a pause makes no room
+    more = alice.submit(SPEC, most_queued=2).id
+    store.move(more, "paused")
+    assert store.move(first, "queued", before=("paused",), most_queued=1), (
+        "it goes on beside another one that is paused"
+    )
+    with pytest.raises(LimitReached):
+        store.move(more, "queued", before=("paused",), most_queued=1)
+    assert store.get(more).status == "paused"
