@@ -50,7 +50,8 @@ def migrate_tables(
                 f"This deletes what version {to} has no place for, such as keys and uploads. Go on?", abort=True
             )
         migrate(engine, to)
-    put_down("chainfed database migrate", f"{found or 'no tables'} to {to}")
+    if found not in (None, to):  # a new database has nothing that was done to it
+        put_down("chainfed database migrate", f"{found} to {to}")
     answer(as_json, {"before": found, "database": to}, f"The database has version {to}.")
 
 

@@ -53,7 +53,8 @@ class Kept:
         if place.exists():
             before = Kept(**json.loads(place.read_bytes()))
             self.revoked = before.revoked | self.revoked
-            self.valid = sorted({*before.valid, *self.valid} - self.revoked.keys())
+            # What is valid now may be what the restore that was cut short has brought back.
+            self.valid = sorted({*before.valid} - self.revoked.keys())
             known = set(map(tuple, before.entries))
             self.entries = before.entries + [entry for entry in self.entries if tuple(entry) not in known]
         partial = place.with_suffix(".partial")

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,7 +143,8 @@ class Parts:
         """For each part ``ok``, or why it does not work."""
         checking = self._checking
         if checking is None or (checking.done() and monotonic() >= self._kept_until):
-            self._checking = checking = asyncio.create_task(self._check())
+            # In a context of its own: Ray Serve would take the check for a part of this caller's request, and end it with that.
+            self._checking = checking = asyncio.create_task(self._check(), context=Context())
         return await asyncio.shield(checking)  # a caller that goes away ends it for nobody
 
     async def _check(self) -> dict[str, str]:
@@ -155,6 +157,10 @@ class Parts:
             await asyncio.wait_for(alive(), _PATIENCE_SECONDS)
         except TimeoutError:
             return f"no answer within {_PATIENCE_SECONDS:g} s"
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            return "gave up its answer"
         except Exception as error:  # whatever one part raises, the others are still checked
             _log.warning("%s does not work", name, exc_info=error)
             return f"{type(error).__name__}; the service's log says more"

@@ -1,6 +1,7 @@
 """Asks the processes that answer with models. If one dies, what it had not answered yet is asked anew."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from chainfed_ray.errors import ChainFedError, PartUnavailable, ServiceBusy
 from chainfed_ray.serving.messages import Piece, Question
 
+_log = logging.getLogger(__name__)
 _ATTEMPTS = 3
 _RETRY_SECONDS = 5
 _MOST_WAITING = 256  # questions of a process of the API that wait for their call
 _FEW_TEXTS = 16  # a question with more has a call of its own, so that no other waits for it here
 _TEXTS = 128  # of the questions of one call
 _PATIENCE = 0.05  # seconds for which questions wait for a call; one that takes longer may be loading a model
+_CHECK_SECONDS = 10.0  # for such a check; Serve's controller may be starting again
 _LOOK_SECONDS = 1.0  # between checks whether a process will ever answer those who wait
 Check = Callable[[], Coroutine[Any, Any, None]]
 """Raises an error if no process can answer, and none will."""
@@ -61,7 +64,7 @@ async def answered(ask: Callable[[], Any], check: Check | None = None) -> Any:
             if attempt == _ATTEMPTS:
                 raise
             if check:
-                await check()
+                await _looked(check)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -72,15 +75,27 @@ async def _looked_after(awaited: Awaitable[Any], check: Check | None) -> Any:
     work = asyncio.ensure_future(awaited)
     try:
         while not (await asyncio.wait([work], timeout=_LOOK_SECONDS))[0]:
-            looking = asyncio.ensure_future(check())
-            await asyncio.wait([work, looking], return_when=asyncio.FIRST_COMPLETED)
-            looking.cancel()
-            (found,) = await asyncio.gather(looking, return_exceptions=True)
-            if isinstance(found, PartUnavailable) and not work.done():
-                raise found
+            looking = asyncio.ensure_future(_looked(check))
+            try:
+                await asyncio.wait([work, looking], return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    looking.result()
+            finally:
+                looking.cancel()
         return work.result()
     finally:
         work.cancel()
+
+
+async def _looked(check: Check) -> None:
+    """Raise what ``check`` says of processes that will not answer. A check that itself fails, or hangs, says nothing."""
+    try:
+        async with asyncio.timeout(_CHECK_SECONDS):
+            await check()
+    except PartUnavailable:
+        raise
+    except Exception as error:
+        _log.warning("nobody could say whether a model's process starts", exc_info=error)
 
 
 async def written(ask: Callable[[], Any], check: Check | None = None) -> AsyncGenerator[Piece, None]:
@@ -98,7 +113,7 @@ async def written(ask: Callable[[], Any], check: Check | None = None) -> AsyncGe
             if begun or attempt == _ATTEMPTS:
                 raise
             if check:
-                await check()
+                await _looked(check)
         finally:
             pieces.cancel()
 

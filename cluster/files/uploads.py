@@ -279,8 +279,10 @@ class UploadStore:
 
     def _complete(self, upload: Upload) -> None:
         same = (UploadRow.tenant == upload.tenant, UploadRow.sha256 == upload.sha256)
+        # Were it deleted meanwhile, so were its bytes, and one that was begun since has none.
+        still = select(UploadRow.id).where(UploadRow.id == upload.id).exists()
         with Session(self._engine) as session, session.begin():
-            session.execute(update(UploadRow).where(*same).values(complete=True))
+            session.execute(update(UploadRow).where(*same, still).values(complete=True))
 
     def _stored(self, session: Session, tenant: str) -> int:
         """The bytes of a tenant's uploads, whether they have come yet or not; the same ones are counted once."""

@@ -80,4 +80,6 @@ def check_queue(session: Session, tenant: str, most: int | None, was_paused: boo
     counted = ("queued",) if was_paused else ("queued", "paused")
     found = select(func.count()).select_from(JobRow).where(JobRow.tenant == tenant, JobRow.status.in_(counted))
     if most is not None and session.scalars(found).one() > most:
-        raise LimitReached(tenant, f"a queue of {most}", QUEUED_JOBS, _QUEUE_SECONDS)
+        raise LimitReached(
+            tenant, f"a queue of {most}{'' if was_paused else ' with its paused jobs'}", QUEUED_JOBS, _QUEUE_SECONDS
+        )

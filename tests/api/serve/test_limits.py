@@ -114,7 +114,7 @@ def test_a_tenant_has_so_many_jobs_in_the_queue(store: JobStore, keys: KeyStore)
     assert client.post("/v1/jobs", json=JOB, headers=once).json()["id"] == first, "it makes no job"
     refused = client.post("/v1/jobs", json=JOB, headers=alice)
     assert (refused.headers["retry-after"], refused.json()["type"]) == ("60", "urn:chainfed:problem:limit-reached")
-    assert "a queue of 2, as many as CHAINFED_QUEUED_JOBS allows" in refused.json()["detail"]
+    assert "a queue of 2 with its paused jobs, as many as CHAINFED_QUEUED_JOBS allows" in refused.json()["detail"]
     assert client.post("/v1/jobs", json=JOB, headers=bob).status_code == 201
     store.move(first, "running")
     assert client.post("/v1/jobs", json=JOB, headers=alice).status_code == 201

@@ -295,7 +295,9 @@ def test_counts_that_are_kept_are_those_that_a_count_gives(store: JobStore) -> N
 def test_a_queue_has_so_many_jobs_of_a_tenant(store: JobStore) -> None:
     alice, bob = (store.seen_by(tenant, everything=False) for tenant in ("alice", "bob"))
     first = alice.submit(SPEC, "key", most_queued=1).id
-    with pytest.raises(LimitReached, match="alice has a queue of 1, as many as CHAINFED_QUEUED_JOBS allows"):
+    with pytest.raises(
+        LimitReached, match="alice has a queue of 1 with its paused jobs, as many as CHAINFED_QUEUED_JOBS allows"
+    ):
         alice.submit(SPEC, most_queued=1)
     assert alice.submit(SPEC, "key", most_queued=1).id == first
     other = bob.submit(SPEC, most_queued=1).id
