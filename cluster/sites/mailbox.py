@@ -13,7 +13,7 @@ from time import time
 from typing import Any, NamedTuple, cast
 
 from pydantic import ValidationError
-from sqlalchemy import and_, delete, or_, select, update
+from sqlalchemy import and_, delete, func, or_, select, update
 from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.orm import Session
 
@@ -43,8 +43,12 @@ def over_for(site: str, jobs: Collection[str], going: Mapping[str, str]) -> tupl
 
     A job of another tenant is to the site as one that never was.
     """
-    tenant = site.rpartition("/")[0] or DEFAULT_TENANT
-    return tuple(sorted(job for job in {*jobs} if going.get(job) != tenant))
+    return tuple(sorted(job for job in {*jobs} if going.get(job) != tenant_of(site)))
+
+
+def tenant_of(site: str) -> str:
+    """The tenant of a site, by its address."""
+    return site.rpartition("/")[0] or DEFAULT_TENANT
 
 
 class OrderState(NamedTuple):
@@ -229,10 +233,11 @@ class Mailbox:
 
     def going(self, jobs: Collection[str]) -> dict[str, str]:
         """The tenants of those of ``jobs`` that have orders, which are deleted once a job is over."""
-        query = select(JobRow.id, JobRow.tenant).join(SiteOrderRow, SiteOrderRow.job == JobRow.id)
+        # All sites of a job are of its tenant, and any of them says which that is.
+        query = select(SiteOrderRow.job, func.min(SiteOrderRow.site)).where(SiteOrderRow.job.in_(jobs))
         with Session(self._engine) as session:
-            found = session.execute(query.where(SiteOrderRow.job.in_(jobs)).distinct())
-            return {row.id: row.tenant for row in found}
+            found = session.execute(query.group_by(SiteOrderRow.job))
+            return {job: tenant_of(site) for job, site in found}
 
     def heartbeat(self, site: str, order: str, beat: Heartbeat) -> None:
         """Note how far the turn of ``order`` is.
