@@ -13,7 +13,7 @@ from typing import Any
 
 _DEADLINE = 60.0
 _NAME = "chainfed"
-_SPEECH = ("--no-locale", "--encoding", "UTF8")  # whatever locale this process has, which may not be there
+_LOCALE = ("--no-locale", "--encoding", "UTF8")  # whatever locale this process has, which may not be there
 
 
 def installed() -> Path | None:
@@ -33,7 +33,7 @@ def server(programs: Path) -> Iterator[str]:
         quiet: dict[str, Any] = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **other}
         data = f"{folder}/data"
         subprocess.run(
-            [programs / "initdb", "-D", data, "-U", _NAME, "-A", "trust", "--no-sync", *_SPEECH], check=True, **quiet
+            [programs / "initdb", "-D", data, "-U", _NAME, "-A", "trust", "--no-sync", *_LOCALE], check=True, **quiet
         )
         # The server listens on a socket in the folder, and on no network address.
         command = [programs / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses="]

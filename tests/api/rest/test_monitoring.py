@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -94,6 +95,23 @@ def test_parts_are_checked_at_the_same_time_and_once_for_all_who_ask(monkeypatch
             assert calls == {"first": times, "second": times}
 
     asyncio.run(story())
+
+
+def test_a_check_belongs_to_no_caller_and_a_part_that_gives_up_ends_it_for_nobody() -> None:
+    """Ray Serve takes what follows in a request's context for a part of it, and cancels that with the request."""
+    request: ContextVar[str | None] = ContextVar("request", default=None)
+    seen: list[str | None] = []
+
+    async def gives_up() -> None:
+        seen.append(request.get())
+        raise asyncio.CancelledError
+
+    async def asked() -> dict[str, str]:
+        request.set("one")
+        return await Parts({"models": gives_up}).states()
+
+    assert asyncio.run(asked()) == {"models": "gave up its answer"}
+    assert seen == [None]
 
 
 def test_without_a_job_every_status_is_zero(store: JobStore) -> None:

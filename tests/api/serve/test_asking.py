@@ -61,6 +61,14 @@ def test_another_process_answers() -> None:
     assert all(answer.cancelled for answer in answers), "nothing is left to be worked on"
 
 
+def test_another_process_answers_though_nobody_can_say_whether_one_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_CHECK_SECONDS", 0.01)
+    hangs = asyncio.Event()
+    for check in (hangs.wait, lambda: asyncio.sleep(1 / 0)):
+        found: Any = answered(in_turn([Answer(DIED), Answer("sea")]), check)  # type: ignore[arg-type]
+        assert asyncio.run(found) == "sea"
+
+
 @pytest.mark.parametrize(
     ("outcomes", "error", "words"),
     [
