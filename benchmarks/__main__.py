@@ -18,6 +18,7 @@ from benchmarks import (  # noqa: E402
     language,
     load,
     memory,
+    padding,
     plan,
     quantized,
     scale,
@@ -43,6 +44,9 @@ evaluation.add_options(names.add_parser("evaluation", help="the server's memory 
 plan.add_options(names.add_parser("plan", help="the CPU seconds of a dry run, and of the check of a job"))
 quantized.add_options(
     names.add_parser("quantized", help="the bytes read from disk in a turn, with quantized weights and without")
+)
+padding.add_options(
+    names.add_parser("padding", help="training steps whose examples of like length run together, against padded ones")
 )
 scale.add_options(names.add_parser("scale", help="what the coordinator of a large fleet takes"))
 fleet_memory.add_options(
