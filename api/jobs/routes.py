@@ -14,7 +14,7 @@ from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, wh
 from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.pages import Place
-from chainfed_ray.cluster.tables import Status
+from chainfed_ray.cluster.tables import JobRecord, Status
 from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
@@ -135,13 +135,18 @@ def list_jobs(
 @router.get("/jobs/{job}", response_model=JobResource, responses=_TAGGED)
 def get_job(job: str, jobs: Jobs, if_none_match: IfNoneMatch = None) -> Response:
     """A job, with its progress and, once it is over, its result or its error."""
-    body = full(jobs, jobs.get(job)).model_dump_json().encode()
-    tag = f'"{blake2b(body, digest_size=16).hexdigest()}"'
+    body, tag = tagged(jobs, jobs.get(job))
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     known = [one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")]
     if tag in known or known == ["*"]:
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
+
+
+def tagged(jobs: JobStore, record: JobRecord) -> tuple[bytes, str]:
+    """A job as JSON, and its ``ETag``."""
+    body = full(jobs, record).model_dump_json().encode()
+    return body, f'"{blake2b(body, digest_size=16).hexdigest()}"'
 
 
 @router.get("/jobs/{job}/clients")
