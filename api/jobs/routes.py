@@ -94,9 +94,10 @@ async def accept(
     Raises:
         InvalidJob: the job cannot run.
         JobConflict: the key was used for another job.
-        LimitReached: the caller's tenant has as many jobs in the queue as it may.
+        LimitReached: the caller's tenant has as many jobs in the queue, or as many bytes, as it may.
     """
     service.check_fits(spec.document(), caller)
+    await run_in_threadpool(service.check_kept, caller)
     await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
     record = await run_in_threadpool(
         jobs.submit, spec, idempotency_key, caller.reads_anything, service.queue_of(caller)
