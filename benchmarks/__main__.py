@@ -62,7 +62,9 @@ serving_memory.add_options(
 )
 hostile.add_options(names.add_parser("hostile", help="hostile requests to a service, and how long others wait"))
 load.add_options(names.add_parser("load", help="a service under load: throughput, waiting times, a killed process"))
-service.add_options(names.add_parser("service", help="a service of many jobs: its lists, metrics, checks and watchers"))
+service.add_options(
+    names.add_parser("service", help="a service of many jobs: its lists, metrics, checks, watchers and load")
+)
 film_reviews.add_options(names.add_parser("film-reviews", help="make a data set of film reviews for accuracy --data"))
 zoo.add_options(names.add_parser("zoo", help="which model families run, and how the others are refused"))
 chosen = parser.parse_args()
