@@ -83,13 +83,17 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) 
     Turns without words have no span.
 
     Raises:
-        InvalidJob: the template does not accept the chat, which ``field`` names, or does not write each turn at one place.
+        InvalidJob: the template does not accept the chat, which ``field`` names, leaves out a part of it, or does not write
+            each turn at one place.
     """
     whole = apply_template(tokenizer, chat, add_generation_prompt=False, field=field)
     mark = next(character for character in map(chr, _PRIVATE_USE) if character not in whole)
     turns = []
     for place, message in enumerate(chat):
         role, content = message.role, message.content
+        if lost := _left_out(tokenizer, chat, place, whole, mark):
+            expected = f"chats that the template writes whole; it leaves out {lost} of message {place + 1}"
+            raise InvalidJob.at(field, f"{role}: {content[:40]}", expected)
         if role == "assistant" and content.strip() and message.learnt:
             turn = _turn(tokenizer, chat, place, whole, mark)
             if turn is None:
@@ -99,6 +103,26 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) 
                 raise InvalidJob.at(field, f"{role}: {content[:40]}", expected)
             turns.append(turn)
     return whole, turns
+
+
+def _left_out(tokenizer: PreTrainedTokenizerBase, chat: Chat, place: int, whole: str, mark: str) -> str | None:
+    """What the template leaves out of the message at ``place``, as many do with roles that they do not know; None if nothing.
+
+    It may write a content in another form. So what counts is whether it writes ``mark`` in the content's place.
+    """
+    message = chat[place]
+
+    def instead(other: Message) -> str | None:
+        return _accepted(tokenizer, (*chat[:place], other, *chat[place + 1 :]), add_generation_prompt=False)
+
+    content = message.content.strip()
+    if content and content not in whole:
+        found = instead(message._replace(content=mark))
+        if found is not None and mark not in found:
+            return "the content"
+    if message.tool_calls is not None and instead(message._replace(tool_calls=None)) == whole:
+        return "the tool_calls"
+    return None
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, chat: Chat, place: int, whole: str, mark: str) -> tuple[int, int] | None:
