@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from chainfed_ray.activity import SILENT, Listener, Reporter, no_listener
 from chainfed_ray.data.chat_template import broken_template
 from chainfed_ray.data.choices import Choices, read_choices
-from chainfed_ray.data.sources import ColumnSelection, Corpus, Split, check_labels, hold_out, load, read_split
+from chainfed_ray.data.sources import ColumnSelection, Corpus, Split, check_labels, hold_out, load, read_split, said_in
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples, tokenize
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.problem import Problem
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import DataSpec
@@ -110,6 +111,24 @@ def splits_of_site(spec: JobSpec, rows: Split) -> SiteSplits:
     first, left = hold_out(left, tenth, rows.labels)
     second, left = hold_out(left, tenth, rows.labels)
     return SiteSplits(*(rows.take(np.sort(part)) for part in (left, first, second)))
+
+
+def spelled_out(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, token: int) -> Problem | None:
+    """What is wrong with the first row that spells out a ``token`` which the model has not; None if no row does.
+
+    Some tokenizers have tokens beside their vocabulary that their models have not. One of the vocabulary itself is not the
+    row's fault: the tokenizer is another model's.
+    """
+    if token not in tokenizer.added_tokens_decoder:
+        return None
+    word = str(tokenizer.convert_ids_to_tokens(token))
+    for name, split in corpus.splits:
+        own: str | None = {"train": spec.train, "validation": spec.validation, "test": spec.test}[name]
+        for number, text in zip(split.numbers, split.texts, strict=False):
+            if any(word in said for said in said_in(text)):
+                expected = f"rows without this token, which the model has not; row {number} has it"
+                return Problem("data.train" if own is None else f"data.{name}", word, expected)
+    return None
 
 
 def most_held_out(spec: JobSpec, counts: ExampleCounts) -> int:
