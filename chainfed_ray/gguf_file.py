@@ -217,8 +217,7 @@ class _Parts:
         Raises:
             ValueError: the file has no room for them.
         """
-        number = int.from_bytes(self.take(8, f"the number of its {what}"), "little")
-        if number * least > self.size:
+        if (number := int.from_bytes(self.take(8, f"the number of its {what}"), "little")) * least > self.size:
             raise ValueError(f"it has {number} {what} in a file of {self.size} bytes")
         return number
 
@@ -232,8 +231,7 @@ class _Parts:
             (number,) = struct.unpack("<f", self.take(4, name))
             return name, float(number)
         if kind == _TEXT:
-            length = self._length(name)
-            if length <= _SHORT:
+            if (length := self._length(name)) <= _SHORT:
                 return name, self.take(length, name).decode(errors="replace")
             self._skip(length, name)
         elif kind == _LIST:
@@ -322,12 +320,14 @@ def accelerate_known() -> Iterator[None]:
     """Let transformers read GGUF files where Accelerate is left out (``lean_imports``): it asks for it, and uses nothing."""
     module: Any = import_module("transformers.modeling_utils")
     with _ONE_MODEL:
-        before = module.is_accelerate_available
+        before, level = module.is_accelerate_available, module.logger.level
         module.is_accelerate_available = is_accelerate_available
+        module.logger.setLevel("ERROR")  # its report on tensors that do not fit: our errors say it in a line
         try:
             yield
         finally:
             module.is_accelerate_available = before
+            module.logger.setLevel(level)
 
 
 @contextmanager
