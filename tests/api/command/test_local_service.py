@@ -99,6 +99,27 @@ def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[
     assert not processes_below("input()", "spawn_main")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_service_whose_ray_hangs_is_started_again(
+    settings: Settings, pauses: list[float], lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers all the while, and none of its processes has ended."""
+    heard = Heard()
+    said = "Ray's raylet does not answer Ray's GCS" if lost else "Ray has not answered for "
+    with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell) as service:
+        if lost:
+            (settings.storage.root / "lost").touch()
+            processes_below("input()")[0].kill()
+            with pytest.raises(Enough):
+                service.watch()
+        else:
+            monkeypatch.setattr(f"{LOCAL}._PATIENCE_SECONDS", 1.5)
+        with pytest.raises(Enough):
+            service.watch()
+    assert heard[-2].startswith(f"The service has failed: {said}")
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "some.name"])
 def test_without_a_key_a_service_is_not_for_the_network(
     settings: Settings, pauses: list[float], host: str, monkeypatch: pytest.MonkeyPatch
