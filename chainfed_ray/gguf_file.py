@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_accelerate_available
 
 from chainfed_ray.block_forms import FORMS, to_metadata
-from chainfed_ray.cache_folder import made_once, shortened
+from chainfed_ray.cache_folder import made_once, shortened, writing
 from chainfed_ray.errors import PackageMissing, UnsupportedModel
 from chainfed_ray.problem import some_of
 
@@ -79,7 +79,7 @@ def _convert(file: Path, folder: Path) -> None:
         raise UnsupportedModel(str(file), reason) from None
     shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
     folder.mkdir()
-    with _writing():
+    with writing():
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -328,17 +328,6 @@ def accelerate_known() -> Iterator[None]:
         finally:
             module.is_accelerate_available = before
             module.logger.setLevel(level)
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Raise what a disk does not take as an ``OSError``: libraries in Rust have errors of their own for it."""
-    try:
-        yield
-    except Exception as error:
-        if found := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
-        raise
 
 
 def _blocks(reader: Any, model: Any, own: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
