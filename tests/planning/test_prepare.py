@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from chainfed_ray.data import examples
+from chainfed_ray.data.sources import Corpus
 from chainfed_ray.errors import InvalidJob
 from tests.builders import a_job
 from tests.causal import causal_folder
@@ -215,5 +217,19 @@ def test_a_token_that_the_model_has_not_is_refused_by_the_row_that_spells_it_out
     document["data"] = {"train": f"path:{tmp_path / 'rows.jsonl'}", "max_length": 60}
     document["chain"] = {"window": 1, "adapter": {"bottleneck": 8}}
     expected = rf"data\.train is '<picture>'; expected rows without this token, .*; row {row} has it"
+    with pytest.raises(InvalidJob, match=expected):
+        a_job(document, tmp_path)
+
+
+def test_whatever_goes_wrong_with_rows_is_said_of_them(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> Corpus:
+        raise ArithmeticError("what nobody has thought of")
+
+    monkeypatch.setattr(examples, "load", read)
+    expected = (
+        r"data\.train is 'path:.*'; expected rows that can be used \(ArithmeticError: what nobody has thought of\)"
+    )
     with pytest.raises(InvalidJob, match=expected):
         a_job(document, tmp_path)
