@@ -93,9 +93,9 @@ def serve(listener: socket.socket, owner: int, idle_seconds: float = _IDLE_SECON
         children = [_without_asker(child) if ready & set(child.descriptors()) else child for child in left]
         now = monotonic()
         stopped = {child.pid: stopped.get(child.pid, now) for child in children if _is_stopped(child.pid)}
-        for pid, since in stopped.items():
+        for hung, since in stopped.items():
             if now - since > _STOPPED * idle_seconds:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(hung, signal.SIGKILL)
         if owned in ready:
             return None
         if listener.fileno() in ready:
