@@ -13,7 +13,7 @@ from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayError
+from ray._private.state import actors  # the public one needs a dashboard
 
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.files.upload_bytes import upload_files
@@ -144,41 +144,33 @@ class _Asked(NamedTuple):
 class Silence:
     """Kills actors that hang, so that Ray starts them again: Ray itself notices only processes that have ended.
 
-    An actor hangs if it has answered before, and does not for ``seconds``. One that never has may wait for a machine.
+    An actor hangs if Ray has made it, and it does not answer for ``seconds``.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._asked: dict[str, _Asked] = {}
-        self._heard: set[str] = set()
 
     def look(self, names: Collection[str]) -> None:
         """Ask the actors called ``names`` whether they answer, and kill those that hang. It waits for no answer."""
         for gone in self._asked.keys() - set(names):
-            self._forget(gone)
+            del self._asked[gone]
         for name in names:
             asked = self._asked.get(name)
             if asked is None:
                 with suppress(ValueError):  # it has ended since
                     actor: Any = ray.get_actor(name, NAMESPACE)
                     self._asked[name] = _Asked(actor, actor.ping.options(max_task_retries=0).remote(), monotonic())
-            elif ray.wait([asked.answer], timeout=0)[0]:
-                if monotonic() - asked.at < _ASK_SECONDS:
-                    continue
+                continue
+            waited = monotonic() - asked.at
+            if ray.wait([asked.answer], timeout=0)[0]:  # or its process has ended, which Ray has noticed
+                if waited > _ASK_SECONDS:
+                    del self._asked[name]
+            elif waited > self._seconds:
                 del self._asked[name]
-                try:
-                    ray.get(asked.answer)
-                    self._heard.add(name)
-                except RayError:  # its process has ended, and another one may wait for a machine
-                    self._heard.discard(name)
-            elif name in self._heard and monotonic() - asked.at > self._seconds:
-                _log.error("%s has not answered for %g s, and is started again", name, self._seconds)
-                ray.kill(asked.actor, no_restart=False)
-                self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        self._asked.pop(name, None)
-        self._heard.discard(name)
+                if actors(asked.actor._actor_id.hex()).get("State") == "ALIVE":  # others wait for a machine
+                    _log.error("%s has not answered for %g s, and is started again", name, waited)
+                    ray.kill(asked.actor, no_restart=False)
 
 
 class RayCoordinators:
