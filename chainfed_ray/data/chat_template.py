@@ -87,13 +87,11 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) 
             each turn at one place.
     """
     whole = apply_template(tokenizer, chat, add_generation_prompt=False, field=field)
-    mark = next(character for character in map(chr, _PRIVATE_USE) if character not in whole)
+    mark = _mark_for(whole)
+    check_written(tokenizer, chat, whole, add_generation_prompt=False, field=field)
     turns = []
     for place, message in enumerate(chat):
         role, content = message.role, message.content
-        if lost := _left_out(tokenizer, chat, place, whole, mark):
-            expected = f"chats that the template writes whole; it leaves out {lost} of message {place + 1}"
-            raise InvalidJob.at(field, f"{role}: {content[:40]}", expected)
         if role == "assistant" and content.strip() and message.learnt:
             turn = _turn(tokenizer, chat, place, whole, mark)
             if turn is None:
@@ -105,24 +103,36 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) 
     return whole, turns
 
 
-def _left_out(tokenizer: PreTrainedTokenizerBase, chat: Chat, place: int, whole: str, mark: str) -> str | None:
-    """What the template leaves out of the message at ``place``, as many do with roles that they do not know; None if nothing.
+def check_written(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, whole: str, add_generation_prompt: bool, field: str
+) -> None:
+    """Check that ``whole``, which the template has made of ``chat``, has all of it: many leave out roles that they do not know.
 
-    It may write a content in another form. So what counts is whether it writes ``mark`` in the content's place.
+    The template may write a content in another form. So what counts is whether it writes a mark in the content's place.
+
+    Raises:
+        InvalidJob: a message or its calls of tools are left out.
     """
-    message = chat[place]
+    mark = _mark_for(whole)
+    for place, message in enumerate(chat):
 
-    def instead(other: Message) -> str | None:
-        return _accepted(tokenizer, (*chat[:place], other, *chat[place + 1 :]), add_generation_prompt=False)
+        def instead(other: Message, place: int = place) -> str | None:
+            return _accepted(tokenizer, (*chat[:place], other, *chat[place + 1 :]), add_generation_prompt)
 
-    content = message.content.strip()
-    if content and content not in whole:
-        found = instead(message._replace(content=mark))
-        if found is not None and mark not in found:
-            return "the content"
-    if message.tool_calls is not None and instead(message._replace(tool_calls=None)) == whole:
-        return "the tool_calls"
-    return None
+        content, lost = message.content.strip(), None
+        if content and content not in whole:
+            found = instead(message._replace(content=mark))
+            lost = "the content" if found is not None and mark not in found else None
+        if message.tool_calls is not None and instead(message._replace(tool_calls=None)) == whole:
+            lost = lost or "the tool_calls"
+        if lost:
+            expected = f"chats that the template writes whole; it leaves out {lost} of message {place + 1}"
+            raise InvalidJob.at(field, f"{message.role}: {message.content[:40]}", expected)
+
+
+def _mark_for(whole: str) -> str:
+    """A character that a text does not contain."""
+    return next(character for character in map(chr, _PRIVATE_USE) if character not in whole)
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, chat: Chat, place: int, whole: str, mark: str) -> tuple[int, int] | None:

@@ -335,6 +335,12 @@ def test_a_message_that_the_template_leaves_out_is_an_error(messages: Chat, lost
         tokenize_texts(with_template(_KNOWN_ROLES), [messages], max_length=100, numbers=[7])
 
 
+def test_so_is_one_that_a_served_model_is_to_answer() -> None:
+    asked = (Message("developer", "Be brief"), A)
+    with pytest.raises(InvalidJob, match=r"messages is 'developer: Be brief'; .* leaves out the content of message 1"):
+        chat_ids(with_template(_KNOWN_ROLES), asked, add_generation_prompt=True, field="messages")
+
+
 def test_a_message_that_is_written_in_another_form_is_not_left_out() -> None:
     tokenizer = with_template(_EACH + "<{{ m.content | tojson }}>{% endfor %}")
     assert (
