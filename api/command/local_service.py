@@ -6,6 +6,7 @@ what watches must outlive what it watches. Nothing is lost with it: jobs continu
 
 import fcntl
 import multiprocessing
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -246,12 +247,13 @@ class LocalService:
 
     def _end(self) -> None:
         """Kill every process of the service."""
-        self._core = {}
+        self._core, session = {}, None
         if self._process:
+            session = self._process.pid
             self._process.kill()
             self._process.join()
             self._owned.close()
-        _end_left_overs(self._settings)
+        _end_left_overs(self._settings, session)
 
 
 def free_port(host: str) -> int:
@@ -281,23 +283,26 @@ def _alone(settings: Settings) -> Iterator[None]:
         yield
 
 
-def _end_left_overs(settings: Settings) -> None:
+def _end_left_overs(settings: Settings, session: int | None = None) -> None:
     """Kill the processes of this storage's service, which may have lost those that started them.
 
-    We hold the storage's lock, so no other service of this storage runs: they are ours, or those of an earlier one.
+    We hold the storage's lock, so no other service of this storage runs: they are ours, or those of an earlier one. Of ours
+    the ``session`` is known. Ray's agents write their titles over the variables by which others are known.
     """
-    while found := [process for process in psutil.process_iter() if _is_of(process, settings)]:
+    while found := [process for process in psutil.process_iter() if _is_of(process, settings, session)]:
         for process in found:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(found, _STOP_SECONDS)
 
 
-def _is_of(process: psutil.Process, settings: Settings) -> bool:
-    """Whether a process was started by a service of this storage."""
+def _is_of(process: psutil.Process, settings: Settings, session: int | None) -> bool:
+    """Whether a process runs that was started by a service of this storage."""
     try:
+        if session is not None and os.getsid(process.pid) == session:
+            return _runs(process)
         return process.environ().get(SERVICE_OF) == str(settings.storage.root)
-    except psutil.Error:  # it has ended, or belongs to another user
+    except (psutil.Error, ProcessLookupError):  # it has ended, or belongs to another user
         return False
 
 

@@ -20,7 +20,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.model.saved_stack import load_stack
 from tests.builders import a_job, assert_same, run
-from tests.faults.test_kills import TARGETS, Caller
+from tests.callers import TARGETS, Caller
 from tests.services import Running
 from tests.watching import running, wait_for
 

@@ -85,6 +85,7 @@ def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[
     heard = Heard()
     with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell) as service:
         for part, said in (("input()", "Ray's raylet has ended"), ("spawn_main", "its process has ended")) * 3:
+            below = wait_for(lambda: processes_below("input()"), "a process below it")
             lost = wait_for(lambda part=part: processes_below(part), part)
             lost[0].kill()
             with pytest.raises(Enough):
@@ -92,7 +93,7 @@ def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[
             *_, first, last = heard
             assert first.startswith(f"The service has failed: {said}. Starting it again")
             assert last.startswith("The service answers again")
-            assert not running(lost), "what was left of it has ended"
+            assert not running([*lost, *below]), "what was left of it has ended"
         with pytest.raises(StorageInUse), local_service(settings, "127.0.0.1", free_port("127.0.0.1")):
             pass
     assert pauses == [0, 2, 4, 8, 16, 16], "longer from failure to failure, and without an end"
