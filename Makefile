@@ -43,7 +43,7 @@ image:  ## the image for Kubernetes, by docker or buildah; BUILD='--build-arg â€
 test: .venv/.installed .venv-s3/.installed  ## every test, in two processes
 	$(PYTEST) --durations=10
 
-faults: .venv/.installed  ## kill each kind of process of a service, and see that nobody has to help; most of an hour
+faults: .venv/.installed .venv-s3/.installed  ## kill each kind of process of a service, and stop its servers; most of an hour
 	.venv/bin/pytest -m faults -s tests/faults tests/api/command/test_cli.py
 
 FUZZ_EXAMPLES ?= 300

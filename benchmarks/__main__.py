@@ -18,6 +18,7 @@ from benchmarks import (  # noqa: E402
     language,
     load,
     memory,
+    padding,
     plan,
     quantized,
     scale,
@@ -44,6 +45,9 @@ plan.add_options(names.add_parser("plan", help="the CPU seconds of a dry run, an
 quantized.add_options(
     names.add_parser("quantized", help="the bytes read from disk in a turn, with quantized weights and without")
 )
+padding.add_options(
+    names.add_parser("padding", help="training steps whose examples of like length run together, against padded ones")
+)
 scale.add_options(names.add_parser("scale", help="what the coordinator of a large fleet takes"))
 fleet_memory.add_options(
     names.add_parser("fleet-memory", help="the memory of all processes of a job with a large fleet, round by round")
@@ -58,7 +62,9 @@ serving_memory.add_options(
 )
 hostile.add_options(names.add_parser("hostile", help="hostile requests to a service, and how long others wait"))
 load.add_options(names.add_parser("load", help="a service under load: throughput, waiting times, a killed process"))
-service.add_options(names.add_parser("service", help="a service of many jobs: its lists, metrics, checks and watchers"))
+service.add_options(
+    names.add_parser("service", help="a service of many jobs: its lists, metrics, checks, watchers and load")
+)
 film_reviews.add_options(names.add_parser("film-reviews", help="make a data set of film reviews for accuracy --data"))
 zoo.add_options(names.add_parser("zoo", help="which model families run, and how the others are refused"))
 chosen = parser.parse_args()

@@ -32,6 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--clients", type=int, default=1, help="how many clients share the rows; all take part in a round"
     )
     parser.add_argument("--rows", type=int, default=1600, help="training rows")
+    parser.add_argument("--test-rows", type=int, default=1000, help="rows on which answers are counted")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the rows of the table are kept")
     parser.set_defaults(run=run)
 
@@ -52,7 +53,17 @@ def run(options: argparse.Namespace) -> None:
 
 def _runs(options: argparse.Namespace) -> list[Run]:
     return [
-        Run(str(options.data), task, method, rate, seed, options.passes, options.clients, options.rows)
+        Run(
+            str(options.data),
+            task,
+            method,
+            rate,
+            seed,
+            options.passes,
+            options.clients,
+            options.rows,
+            options.test_rows,
+        )
         for task in options.tasks
         for seed in options.seeds
         for method in options.methods

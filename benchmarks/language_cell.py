@@ -31,7 +31,6 @@ from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.parse import parse_job
 
 _LAYERS, _BATCH, _STEPS = 30, 16, 5  # of the model; texts of a step; steps of a turn
-_TEST = 1000  # rows
 TASKS = {"banking77": "Question: {}\nIntent: ", "ag_news": "News: {}\nTopic: "}  # the prompt of a row
 
 
@@ -65,6 +64,7 @@ class Run:
     passes: int
     clients: int
     rows: int
+    test_rows: int
 
 
 def measure(run: Run, folder: Path) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def counted() -> Iterator[list[int]]:
 def _document(run: Run, folder: Path) -> dict[str, Any]:
     chain, last_share = METHODS[run.method]
     look_ahead = chain.get("look_ahead", "exact")
-    for split, count in (("train", run.rows), ("test", _TEST)):
+    for split, count in (("train", run.rows), ("test", run.test_rows)):
         _write_rows(run, split, count, folder / f"{split}.jsonl")
     return {
         "name": "language",

@@ -1,4 +1,4 @@
-"""``python -m benchmarks service``: what a service of many jobs costs: its lists, its metrics, its checks, its watchers.
+"""``python -m benchmarks service``: what a service of many jobs costs: its lists, metrics, checks, watchers and its load.
 
 Both sides of each figure are measured in the same run, by turns, since other work on the machine changes all times.
 """
@@ -16,6 +16,7 @@ from time import monotonic, sleep
 
 import httpx
 
+from benchmarks import service_load
 from benchmarks.cell_process import Row
 from benchmarks.row_table import tell
 from benchmarks.service_rows import SERVED, ManyJobs, a_job, write_rows
@@ -53,9 +54,10 @@ def run(options: argparse.Namespace) -> None:
             settings = Settings(storage, client_slots=1)
             address = stack.enter_context(local_service(settings, _HOST, free_port(_HOST))).address
             http = stack.enter_context(httpx.Client(base_url=address, timeout=_PATIENCE, trust_env=False))
-        measures = [_list(jobs, http, storage), _growing(jobs, http), _watched(jobs, http, storage)]
+        measures = [_list(jobs, http, storage), _in_flight(jobs, http, storage), _growing(jobs, http)]
+        measures += [_watched(jobs, http, storage), service_load.memory(str(http.base_url), jobs.served)]
         if not options.alone:
-            measures.append(_submissions(http, folder))
+            measures += [_submissions(http, folder), service_load.queued(http, folder)]
         found = [row for measure in measures for row in _told(measure)]
     tell(found, options.json, width=140)
 
@@ -95,6 +97,13 @@ def _list(jobs: ManyJobs, http: httpx.Client, storage: Storage) -> Iterator[Row]
     one, other = median(ours), median(theirs)
     said = f"p50 {_ms(one)}, plain {_ms(other)}: {one / other:.2f}×"
     yield {"what": f"GET /v1/jobs, 50 of {_SOME:,} jobs", "said": said, "seconds": one, "against": other}
+
+
+def _in_flight(jobs: ManyJobs, http: httpx.Client, storage: Storage) -> Iterator[Row]:
+    """The same with many requests in flight."""
+    jobs.set(_SOME)
+    with _process("benchmarks.plain_route", storage) as plain:
+        yield from service_load.in_flight(str(http.base_url), str(plain.base_url))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ _AT_ONCE = 1000
 
 
 class ManyJobs:
-    """The database of a service, with as many jobs as a measurement needs."""
+    """The database of a service, with as many jobs as a measurement needs. The model of the one ``served`` answers."""
 
     def __init__(self, storage: Storage) -> None:
         """Make a job whose model is served, as if it had been trained."""
@@ -34,7 +34,7 @@ class ManyJobs:
             save_stack(saved, storage.model(job))
             store.move(job, "succeeded", result={"classes": list(saved.classes), "accuracy": 0.5})
         self._engine: Engine = open_database(storage.database, existing=True)
-        self._pattern = job
+        self.served = job
 
     def close(self) -> None:
         """Close every connection."""
@@ -46,8 +46,8 @@ class ManyJobs:
             session.execute(delete(EventRow).where(EventRow.job.startswith("filler-")))
             session.execute(delete(JobRow).where(JobRow.id.startswith("filler-")))
             jobs, events = TABLES.tables["jobs"], TABLES.tables["events"]
-            job = session.execute(select(jobs).where(JobRow.id == self._pattern)).mappings().one()
-            told = session.execute(select(events).where(EventRow.job == self._pattern)).mappings().all()
+            job = session.execute(select(jobs).where(JobRow.id == self.served)).mappings().one()
+            told = session.execute(select(events).where(EventRow.job == self.served)).mappings().all()
             names = [f"filler-{place}" for place in range(count - 1)]
             for first in range(0, len(names), _AT_ONCE):
                 some = names[first : first + _AT_ONCE]

@@ -271,7 +271,10 @@ class ServiceBusy(ChainFedError, RuntimeError):
 
 
 class LimitReached(ChainFedError, RuntimeError):
-    """A tenant has as much of something as ``limit`` allows, a setting of the service; it may ask again after ``seconds``."""
+    """A tenant has as much of something as ``limit`` allows, a setting of the service; it may ask again after ``seconds``.
+
+    So may have a key, whose limit is its own.
+    """
 
     def __init__(self, tenant: str, what: str, limit: str, seconds: int) -> None:
         super().__init__(tenant, what, limit, seconds)

@@ -1,11 +1,14 @@
 """The door to the database of jobs: connections that notice when what they are connected to is no longer there."""
 
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from time import monotonic
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import create_engine, event
+from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -18,6 +21,8 @@ from sqlalchemy.exc import (
 
 from chainfed_ray.errors import InvalidSetting
 
+PATIENCE_SECONDS = 30.0  # until what does not answer, or is locked, is taken for away
+CONNECT_SECONDS = 10
 NO_ANSWER = (OperationalError, InterfaceError, TimeoutError)
 """What is raised if the database does not answer: wait, and ask again."""
 
@@ -32,6 +37,8 @@ def open_database(url: str, existing: bool) -> Engine:
         parsed = make_url(url)
         file = _sqlite_file(parsed)
         engine = create_engine(_of_existing(parsed) if file else parsed, pool_pre_ping=True)
+        if parsed.drivername == "postgresql+psycopg":
+            event.listen(engine, "do_connect", _connect_to_postgresql)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError) as error:  # ValueError: of the port
         shown = url.rpartition("@")[2]  # the part before may contain a password
         raise InvalidSetting(
@@ -60,9 +67,67 @@ def _of_existing(url: URL) -> URL:
 
 def _connected(connection: Any, record: Any, file: Path) -> None:
     """Set SQLite up so that readers do not wait for a writer, writers wait for each other, and commits survive power loss."""
-    for setting in ("journal_mode = wal", "synchronous = full", "busy_timeout = 30000", "foreign_keys = on"):
+    for setting in (
+        "journal_mode = wal",
+        "synchronous = full",
+        f"busy_timeout = {1000 * PATIENCE_SECONDS:.0f}",
+        "foreign_keys = on",
+    ):
         connection.execute(f"pragma {setting}")
     record.info["inode"] = _inode(file)
+
+
+def _connect_to_postgresql(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> Any:
+    return _patient_connection().connect(*arguments, **{"connect_timeout": CONNECT_SECONDS} | options)
+
+
+@contextmanager
+def unhurried(connection: Connection) -> Iterator[None]:
+    """Let what is asked through a connection take any time, for a block."""
+    driver: Any = connection.connection.driver_connection
+    is_patient = hasattr(driver, "waits_for_ever")
+    if is_patient:
+        driver.waits_for_ever = True
+    try:
+        yield
+    finally:
+        if is_patient:
+            driver.waits_for_ever = False
+
+
+@cache
+def _patient_connection() -> Any:
+    """The class of connections to PostgreSQL. It is made here, since psycopg is an optional package."""
+    import psycopg
+
+    class Patient(psycopg.Connection[Any]):
+        """A connection that fails if the server says nothing for ``PATIENCE_SECONDS``, unless it ``waits_for_ever``.
+
+        The server itself cannot end such a query, and TCP notices after hours that there is nobody.
+        """
+
+        waits_for_ever = False
+
+        def wait(self, gen: Any, *arguments: Any, **options: Any) -> Any:
+            return super().wait(self._bounded(gen), *arguments, **options)
+
+        def _bounded(self, steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+            """The same steps, each of which waits for the server."""
+            since = monotonic()
+            try:
+                wanted = next(steps)
+                while True:
+                    ready = yield wanted
+                    if ready:
+                        since = monotonic()
+                    elif monotonic() - since > PATIENCE_SECONDS and not self.waits_for_ever:
+                        self.close()
+                        raise psycopg.OperationalError(f"the server has said nothing for {PATIENCE_SECONDS:g} s")
+                    wanted = steps.send(ready)
+            except StopIteration as over:
+                return over.value
+
+    return Patient
 
 
 def _check_inode(file: Path, record: Any) -> None:

@@ -9,17 +9,17 @@ from typing import Any
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.engine import Engine
 
-from chainfed_ray.cluster.database import open_database
+from chainfed_ray.cluster.database import open_database, unhurried
 from chainfed_ray.cluster.tables import TABLES
 from chainfed_ray.errors import InvalidSetting
 
-VERSIONS = ("0001", "0002", "0003")
+VERSIONS = ("0001", "0002", "0003", "0004")
 """Every version of the tables, the oldest first. The last one is that of this code."""
 
 _MARK = "chainfed_version"  # the table that has the version
 _WITHOUT_MARK = "0001"  # a database from before Alembic marked its version
 _MARKED = "0002"  # the first version that Alembic marked
-_LOCK = 0x636861696E  # PostgreSQL's number of the lock that one process has who changes tables
+LOCK = 0x636861696E  # PostgreSQL's number of the lock that one process has who changes tables
 _ONE_THREAD = Lock()  # Alembic keeps the connection of the steps that it runs in a place that threads share
 
 
@@ -115,7 +115,8 @@ def _alone(engine: Engine) -> Iterator[Connection]:
             finally:
                 driver.isolation_level = usual
         else:
-            with connection.begin():
+            # Another process that changes tables, and a change of large ones, may take any time.
+            with unhurried(connection), connection.begin():
                 if engine.dialect.name == "postgresql":
-                    connection.execute(text("select pg_advisory_xact_lock(:lock)").bindparams(lock=_LOCK))
+                    connection.execute(text("select pg_advisory_xact_lock(:lock)").bindparams(lock=LOCK))
                 yield connection

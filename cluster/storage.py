@@ -229,7 +229,7 @@ class Settings:
     running_jobs: int | None = None  # of a tenant; others of its jobs wait
     reading: ReadingRules = EVERYTHING  # what jobs may read, besides what everybody may
     upload_bytes: int = 2**30  # of an upload, at most
-    stored_bytes: int | None = None  # of all uploads of a tenant
+    stored_bytes: int | None = None  # of a tenant: of its uploads, and of its jobs that are over
     most_uploads: int = 1000  # of a tenant
     grace_seconds: int = 100  # from the word to stop until processes are killed that have not ended
     json_logs: bool = False
@@ -237,13 +237,8 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ, existing: bool = False) -> "Settings":
-        """Read the settings from the variables ``CHAINFED_STORAGE``, ``CHAINFED_CACHE``, ``CHAINFED_DATABASE``,
-        ``CHAINFED_SCRATCH``, ``CHAINFED_PARALLEL_JOBS``, ``CHAINFED_CLIENT_SLOTS``, ``CHAINFED_SERVING_MEMORY``,
-        ``CHAINFED_SERVING_REPLICAS``, ``CHAINFED_SERVING_LEAST_REPLICAS``, ``CHAINFED_ALLOWED_HOSTS``,
-        ``CHAINFED_WITHOUT_KEYS``, ``CHAINFED_REQUESTS_PER_MINUTE``, ``CHAINFED_QUEUED_JOBS``,
-        ``CHAINFED_RUNNING_JOBS``, ``CHAINFED_DATA_ROOTS``,
-        ``CHAINFED_MODEL_ROOTS``, ``CHAINFED_HUB_ALLOW``, ``CHAINFED_UPLOAD_BYTES``, ``CHAINFED_STORED_BYTES``,
-        ``CHAINFED_UPLOADS``, ``CHAINFED_GRACE_SECONDS``, ``CHAINFED_LOG`` and ``CHAINFED_CLIENT_MEMORY``.
+        """Read the settings from the variables that docs/cli.md has in a table; ``environment`` gives them back.
+
         The folder of the storage is made if it does not exist, unless it must be an ``existing`` one.
 
         Raises:

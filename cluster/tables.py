@@ -145,6 +145,7 @@ class JobRow(_Table):
     version: Mapped[int] = mapped_column(default=ROW_VERSION, server_default="1")
     deleted_at: Mapped[str | None] = mapped_column(default=None)
     priority: Mapped[int] = mapped_column(default=0, server_default="0")
+    kept_bytes: Mapped[int | None] = mapped_column(BigInteger, default=None)  # on disks, when it was over last
 
     def record(self) -> JobRecord:
         """The job as it is now."""
@@ -242,6 +243,7 @@ class KeyRow(_Table):
     expires_at: Mapped[str | None] = mapped_column(default=None)
     revoked_at: Mapped[str | None] = mapped_column(default=None)
     used_at: Mapped[str | None] = mapped_column(default=None)
+    requests_per_minute: Mapped[int | None] = mapped_column(default=None)
 
 
 class SiteRow(_Table):

@@ -9,7 +9,7 @@ import httpx
 GAP_SECONDS, STEADY_SECONDS = 1.0, 6.0
 
 # What is killed → what the command line of its process has. A whole service is all of them at once.
-TARGETS = {
+PROCESSES = {
     "an API replica": "ServeReplica:chainfed:Api",
     "the inference replica": "ServeReplica:chainfed:Inference",
     "the controller of jobs": "ControllerActor",
@@ -30,8 +30,9 @@ TARGETS = {
 class Caller:
     """Asks the service again and again, and keeps the longest time without an answer."""
 
-    def __init__(self, address: str) -> None:
-        self._http = httpx.Client(base_url=address, timeout=5, trust_env=False)
+    def __init__(self, address: str, key: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=address, headers=headers, timeout=5, trust_env=False)
         self._over, self._thread = Event(), Thread(target=self._ask)
         self.begin()
         self.strange: list[str] = []

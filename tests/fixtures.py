@@ -178,8 +178,8 @@ def uploads(storage: Storage, store: JobStore) -> Iterator[UploadStore]:
 def postgresql() -> Iterator[str]:
     if (programs := postgres.installed()) is None:
         without("no PostgreSQL server is installed")
-    with postgres.server(programs) as url:
-        yield url
+    with postgres.server(programs) as started:
+        yield started.url
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])

@@ -54,6 +54,7 @@ _EXACT = (
     (4, 96, 1, 1024 * MIB),
     (2, 320, 1, 32 * MIB),
 )  # the same, with an exact look-ahead
+_MIXED = ((12, 96, 2, 80 * MIB), (8, 96, 3, 48 * MIB), (4, 192, 2, 1024 * MIB))  # the same, with lengths that differ
 _GRID_16 = (  # not all processors compute in bfloat16, and then each takes half a minute
     (1, 384, 1, 1024 * MIB),
     (2, 256, 2, 80 * MIB),
@@ -74,6 +75,11 @@ def exact_grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
     return _EXACT if family in ("bert", "llama-lm-lora") else ()
 
 
+def mixed_grid(family: str) -> tuple[tuple[int, int, int, int], ...]:
+    """What is measured with examples of other lengths in each batch: of an encoder."""
+    return _MIXED if family == "bert" else ()
+
+
 def main(folder: Path, family: str) -> None:
     """Measure the ``grid`` of one family and dtype. ``folder`` is its own."""
     dtype = torch.bfloat16 if family.endswith("-bf16") else torch.float32
@@ -92,10 +98,11 @@ def main(folder: Path, family: str) -> None:
     memory = known_profile_of(blocks, 8 if lora else 64, classes, 1 if is_lm else 2, lora)
     blocks.close()
     warm_up(base)
-    for exact, shapes in ((False, grid(family)), (True, exact_grid(family))):
+    grids = ((False, False, grid(family)), (True, False, exact_grid(family)), (False, True, mixed_grid(family)))
+    for exact, mixed, shapes in grids:
         for shape in shapes:
-            row = measure(base, memory, *shape, classes, exact, lora)
-            print(json.dumps({"family": family, **row}), flush=True)
+            row = measure(base, memory, *shape, classes, exact, mixed, lora)
+            print(json.dumps({"family": family, "mixed": mixed, **row}), flush=True)
 
 
 def measure(
@@ -107,12 +114,17 @@ def measure(
     budget: int,
     classes: int | None,
     exact: bool,
+    mixed: bool,
     lora: LoraShapes | None,
 ) -> dict[str, object]:
-    """Take one turn of two steps in the second window, so that a prefix of two layers is run first."""
+    """Take one turn of two steps in the second window, so that a prefix of two layers is run first.
+
+    Every example has ``tokens`` tokens or, if they are ``mixed``, every second one a quarter of them.
+    """
     generator = np.random.default_rng(0)
-    ids = generator.integers(3, 1000, 2 * batch * tokens).astype(np.int32)
-    examples = Examples(ids, np.arange(2 * batch + 1) * tokens, generator.integers(0, 8, 2 * batch))
+    lengths = np.where(mixed & (np.arange(2 * batch) % 2 == 1), tokens // 4, tokens)
+    ids = generator.integers(3, 1000, lengths.sum()).astype(np.int32)
+    examples = Examples(ids, np.concatenate([[0], np.cumsum(lengths)]), generator.integers(0, 8, 2 * batch))
     examples = replace(examples, targets=examples.every_token)
     fits = classes is not None
     requirements = TurnRequirements(

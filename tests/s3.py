@@ -8,7 +8,7 @@ import socket
 import socketserver
 import subprocess
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -28,23 +28,53 @@ def installed() -> Path | None:
 
 
 class Server:
-    """The server, with an empty bucket. What asks it goes through a door, which can be shut: the store is away then."""
+    """The server, with an empty bucket. What asks it goes through a door, which can be shut: the store is away then.
 
-    def __init__(self, program: Path) -> None:
+    With a ``recording``, a file, it has what it had when it is started again: all that it was asked is in there.
+    """
+
+    def __init__(self, program: Path, recording: Path | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.door = _Door(self.port)
-        quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen([program, "-p", str(self.port)], stdout=quiet, stderr=quiet)
+        self._command = [program, "-p", str(self.port)]
+        kept = {"MOTO_ENABLE_RECORDING": "1", "MOTO_RECORDER_FILEPATH": str(recording)} if recording else {}
+        self._environment = os.environ | kept
+        self._start()
 
     def wait(self) -> None:
         """Wait until it answers, make the bucket, and open the door."""
+        self._ask_until_it_answers("PUT", _BUCKET)
+        self.door.start()
+
+    def _start(self) -> None:
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet, env=self._environment)
+
+    def stop(self) -> None:
+        """Stop the process, as an operator does."""
+        self._process.terminate()
+        self._process.wait(_DEADLINE)
+
+    def start_again(self) -> None:
+        """Start another one, with what the one before had."""
+        self._start()
+        self._ask_until_it_answers("POST", "moto-api/recorder/replay-recording")
+
+    def freeze(self) -> None:
+        """Let it not run, as on a machine that hangs."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it run again."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def _ask_until_it_answers(self, method: str, path: str) -> None:
         ends = monotonic() + _DEADLINE
         while True:
             try:
-                self.ask("PUT", _BUCKET)
-                return self.door.start()
+                return self.ask(method, path)
             except OSError:
                 assert monotonic() < ends, "moto's server did not start"
                 sleep(0.05)
@@ -77,13 +107,17 @@ class Server:
 
 
 class _Door(socketserver.ThreadingTCPServer):
-    """Passes connections on to a port of this machine. While it is ``shut``, each request is answered with 503."""
+    """Passes connections on to a port of this machine. While it is ``shut``, each request is answered with 503.
+
+    What callers send is ``heard`` before it is passed on.
+    """
 
     daemon_threads = True
 
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Passing)
         self.port, self.behind, self.shut = self.server_address[1], port, False
+        self.heard: Callable[[bytes], None] = _nothing
 
     def start(self) -> None:
         """Let connections in."""
@@ -97,13 +131,19 @@ class _Passing(socketserver.BaseRequestHandler):
         """See ``BaseRequestHandler``."""
         door = self.server
         assert isinstance(door, _Door)
-        with socket.create_connection(("127.0.0.1", door.behind)) as onward, suppress(OSError):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", door.behind)) as onward:
             while piece := _either(self.request, onward):
                 come, of_caller = piece
+                if of_caller:
+                    door.heard(come)
                 if of_caller and door.shut:
                     self.request.sendall(_AWAY)
                     return
                 (onward if of_caller else self.request).sendall(come)
+
+
+def _nothing(_: bytes) -> None:
+    pass
 
 
 def _either(caller: socket.socket, onward: socket.socket) -> tuple[bytes, bool] | None:
@@ -114,9 +154,9 @@ def _either(caller: socket.socket, onward: socket.socket) -> tuple[bytes, bool] 
 
 
 @contextmanager
-def server(program: Path) -> Iterator[Server]:
+def server(program: Path, recording: Path | None = None) -> Iterator[Server]:
     """Start a server. Meanwhile the environment of this process leads to it."""
-    started = Server(program)
+    started = Server(program, recording)
     before = {name: os.environ.get(name) for name in started.environment}
     try:
         started.wait()

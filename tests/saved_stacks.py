@@ -25,7 +25,7 @@ WORDS = {"sea": "wave salt ship tide", "sky": "cloud star wind bird", "soil": "r
 
 def encoder(folder: Path) -> dict[str, Any]:
     """A job with the default method: the start layer by profiles, a fitted head, and a global loss."""
-    document = _classes(folder)
+    document = _classes(folder, mistaken=5)  # else the fitted head makes no mistake, and nothing is left to train
     document["chain"] |= {"start": "auto", "head": "fitted", "profile_examples": 16, "global_weight": 0.3}
     document["rounds"]["total"] = 6
     return document
@@ -84,16 +84,23 @@ def saved(name: str) -> tuple[Tensors, str]:
 
 
 def machine() -> str:
-    """The processor and the version of torch, on which the bits of float arithmetic depend."""
-    about = Path("/proc/cpuinfo")
-    processor = (
-        next((line for line in about.read_text().splitlines() if "model name" in line), "") if about.exists() else ""
-    )
-    return f"{platform.machine()} {processor.partition(': ')[2]}, torch {torch.__version__.split('+')[0]}"
+    """The processor and the version of torch, on which the bits of float arithmetic depend.
+
+    A virtual machine may hide the processor's name, so its family and model count as well.
+    """
+    about, known = Path("/proc/cpuinfo"), dict[str, str]()
+    for line in about.read_text().splitlines() if about.exists() else []:
+        name, _, value = line.partition(":")
+        known.setdefault(name.strip(), value.strip())  # of the first core
+    processor = " ".join(f"{name}: {known[name]}" for name in ("model name", "cpu family", "model") if name in known)
+    return f"{platform.machine()}, {processor}, torch {torch.__version__.split('+')[0]}"
 
 
-def _classes(folder: Path) -> dict[str, Any]:
-    """A job on sentences of three classes, with a random BERT and MiniLM's tokenizer."""
+def _classes(folder: Path, mistaken: int | None = None) -> dict[str, Any]:
+    """A job on sentences of three classes, with a random BERT and MiniLM's tokenizer.
+
+    One in ``mistaken`` rows has the label of another class.
+    """
     from transformers import AutoTokenizer
 
     from chainfed_ray.hub import resolve
@@ -101,10 +108,14 @@ def _classes(folder: Path) -> dict[str, Any]:
     base = tiny("bert", folder / "bert", vocabulary=30522)
     AutoTokenizer.from_pretrained(resolve("builtin:minilm")).save_pretrained(base)
     rows = folder / "rows.jsonl"
+    labels = list(WORDS)
     texts = [
-        {"text": " ".join(words.split()[(row + place) % 4] for place in range(3 + row % 4)), "label": label}
+        {
+            "text": " ".join(words.split()[(row + place) % 4] for place in range(3 + row % 4)),
+            "label": labels[(own + (mistaken is not None and row % mistaken == 0)) % len(labels)],
+        }
         for row in range(40)
-        for label, words in WORDS.items()
+        for own, words in enumerate(WORDS.values())
     ]
     rows.write_text("\n".join(json.dumps(row) for row in texts))
     return a_document(base, rows)

@@ -1,13 +1,13 @@
 """Routes that tell a job what to do: pause, go on, end, be tried again, with changes, be deleted."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.jobs.merge_patch import BODY, Patch, patched
 from chainfed_ray.api.jobs.resources import JobResource, full
-from chainfed_ray.api.jobs.routes import IdempotencyKey, accept
+from chainfed_ray.api.jobs.routes import IdempotencyKey, accept, tagged
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs import control
@@ -15,7 +15,32 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
-router = APIRouter(prefix="/v1/jobs/{job}", tags=["jobs"], route_class=StrictRoute)
+IfMatch = Annotated[
+    str | None,
+    Header(
+        max_length=1000,
+        description="the `ETag` of the job, as it was looked at: if the job is another by now, nothing is done, and the "
+        "answer is 412",
+    ),
+]
+
+
+def _check_match(job: str, jobs: Jobs, if_match: IfMatch = None) -> None:
+    """Refuse the request if the job is not as the caller saw it.
+
+    Raises:
+        HTTPException: 412, if the job has another ``ETag`` now.
+    """
+    if if_match is None or if_match.strip() == "*":
+        return
+    _, tag = tagged(jobs, jobs.get(job))
+    if tag not in [one.strip() for one in if_match.split(",")]:  # a weak one does not count: RFC 9110, 13.1.1
+        raise HTTPException(412, f"job {job} is not as it was when it had the ETag {if_match}; it has {tag} now")
+
+
+router = APIRouter(
+    prefix="/v1/jobs/{job}", tags=["jobs"], route_class=StrictRoute, dependencies=[Depends(_check_match)]
+)
 
 
 @router.post("/pause", status_code=202)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from chainfed_ray.api.report.pictures import draw_if_possible
@@ -14,7 +15,7 @@ from chainfed_ray.api.report.results import results
 from chainfed_ray.cluster.files.artifacts import REPORT
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import JobRecord
-from chainfed_ray.errors import JobNotFound
+from chainfed_ray.errors import InvalidJob, JobNotFound
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.parse import parse_job
 
@@ -24,15 +25,20 @@ _WIDTH = 110  # characters of a line
 def ensure_report(jobs: JobStore, record: JobRecord, folder: Path) -> None:
     """Make the report of a job that has succeeded, unless it is there. It is there as a whole, whoever else makes it now.
 
+    Of a job whose records are of an earlier version none is made.
+
     Raises:
         JobNotFound: the job's folder was deleted meanwhile.
     """
     started, finished = jobs.newest(record.id, "started"), jobs.newest(record.id, "finished")
     if (folder / REPORT).exists() or not folder.exists() or started is None or finished is None:
         return
-    spec, job_started = parse_job(record.spec), JobStarted.model_validate(started.data)
-    rounds = [Round.model_validate(event.data) for event in jobs.of_kind(record.id, "round")]
-    job_finished = JobFinished.model_validate(finished.data)
+    try:
+        spec, job_started = parse_job(record.spec), JobStarted.model_validate(started.data)
+        rounds = [Round.model_validate(event.data) for event in jobs.of_kind(record.id, "round")]
+        job_finished = JobFinished.model_validate(finished.data)
+    except (InvalidJob, ValidationError):
+        return
     made = None
     try:
         made = Path(mkdtemp(prefix=f"{REPORT}-", suffix=".partial", dir=folder))

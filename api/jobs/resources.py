@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.jobs.conditions import CHANGES, Condition, conditions
@@ -163,15 +163,21 @@ class JobPage(BaseModel):
 
 
 def full(jobs: JobStore, record: JobRecord) -> JobResource:
-    """The job in ``record`` with its conditions and progress, for which its events are read."""
+    """The job in ``record`` with its conditions and progress, for which its events are read.
+
+    One whose records are of an earlier version has no progress.
+    """
     told = jobs.of_kind(record.id, *CHANGES, "late_site")
     changes = [event for event in told if event.kind in CHANGES]
     job_started, newest = jobs.newest(record.id, "started"), jobs.newest_of(record.id, "round", _TIMED_ROUNDS)
     if job_started is None:
         return JobResource.full(record, changes)
-    last = Round.model_validate(newest[0].data) if newest else None
-    late = (LateSite.model_validate(event.data) for event in told if event.kind == "late_site")
-    fleet = JobStarted.model_validate(job_started.data).with_late(late)
+    try:
+        last = Round.model_validate(newest[0].data) if newest else None
+        late = (LateSite.model_validate(event.data) for event in told if event.kind == "late_site")
+        fleet = JobStarted.model_validate(job_started.data).with_late(late)
+    except ValidationError:
+        return JobResource.full(record, changes)
     progress = JobProgress.of(fleet, last, record.status == "succeeded")
     ends = _ends(changes[-1], newest, progress) if record.status == "running" and newest and changes else None
     return JobResource.full(record, changes, progress, ends)

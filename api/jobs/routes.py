@@ -14,7 +14,7 @@ from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, wh
 from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.pages import Place
-from chainfed_ray.cluster.tables import Status
+from chainfed_ray.cluster.tables import JobRecord, Status
 from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
@@ -94,9 +94,10 @@ async def accept(
     Raises:
         InvalidJob: the job cannot run.
         JobConflict: the key was used for another job.
-        LimitReached: the caller's tenant has as many jobs in the queue as it may.
+        LimitReached: the caller's tenant has as many jobs in the queue, or as many bytes, as it may.
     """
     service.check_fits(spec.document(), caller)
+    await run_in_threadpool(service.check_kept, caller)
     await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
     record = await run_in_threadpool(
         jobs.submit, spec, idempotency_key, caller.reads_anything, service.queue_of(caller)
@@ -135,13 +136,18 @@ def list_jobs(
 @router.get("/jobs/{job}", response_model=JobResource, responses=_TAGGED)
 def get_job(job: str, jobs: Jobs, if_none_match: IfNoneMatch = None) -> Response:
     """A job, with its progress and, once it is over, its result or its error."""
-    body = full(jobs, jobs.get(job)).model_dump_json().encode()
-    tag = f'"{blake2b(body, digest_size=16).hexdigest()}"'
+    body, tag = tagged(jobs, jobs.get(job))
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     known = [one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")]
     if tag in known or known == ["*"]:
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
+
+
+def tagged(jobs: JobStore, record: JobRecord) -> tuple[bytes, str]:
+    """A job as JSON, and its ``ETag``."""
+    body = full(jobs, record).model_dump_json().encode()
+    return body, f'"{blake2b(body, digest_size=16).hexdigest()}"'
 
 
 @router.get("/jobs/{job}/clients")

@@ -34,12 +34,13 @@ def create(
     scopes: Annotated[str, typer.Option(help=f"what it allows, with commas: {', '.join(SCOPES)}")],
     expires: Annotated[str, typer.Option(help="when it ends: 90d, 12h or never")] = "365d",
     name: Annotated[str, typer.Option(help="what it is for; of a site's key the site's name")] = "",
+    requests_per_minute: Annotated[int | None, typer.Option(help="how many requests it may send in a minute")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a key, and print it once: the database does not have it."""
     period, wanted = period_of(expires), [scope.strip() for scope in scopes.split(",") if scope.strip()]
     with key_store(makes=True) as store:
-        made = store.make_key(owner, wanted, name, period)
+        made = store.make_key(owner, wanted, name, period, requests_per_minute)
     put_down("chainfed keys create", f"{made.key.id} of {owner}: {','.join(made.key.scopes)}")
     until = f"until {_shown(made.key.expires_at)} UTC" if made.key.expires_at else "until it is revoked"
     answer(
@@ -57,12 +58,12 @@ def list_keys(
     """List the keys, the oldest first, without what is secret of them."""
     with key_store() as store:
         keys = store.keys(owner)
-    columns = ("owner", "name", "scopes", "expires (UTC)", "last used (UTC)", "state")
+    columns = ("owner", "name", "scopes", "a minute", "expires (UTC)", "last used (UTC)", "state")
     table = Table(Column("key", no_wrap=True), *columns, box=None, header_style="bold")
     for key in keys:
-        table.add_row(
-            key.id, key.owner, key.name, ",".join(key.scopes), _shown(key.expires_at), _shown(key.used_at), _state(key)
-        )
+        rate = str(key.requests_per_minute or "")
+        times = (_shown(key.expires_at), _shown(key.used_at))
+        table.add_row(key.id, key.owner, key.name, ",".join(key.scopes), rate, *times, _state(key))
     none = f"There are no keys; `chainfed keys create --owner {owner or DEFAULT_TENANT} --scopes admin` makes one."
     answer(as_json, {"keys": [key.document() for key in keys]}, table if keys else none)
 

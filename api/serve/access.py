@@ -22,6 +22,7 @@ from chainfed_ray.errors import LimitReached
 
 _REALM = 'Bearer realm="chainfed"'
 _POLICY_VIOLATION = 1008  # RFC 6455
+OF_KEY = "its requests_per_minute"  # as `chainfed keys list --json` calls it
 _PUT_DOWN = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)  # refusals; those for a rate come by the thousand
 _CHANGING: frozenset[KeyScope] = frozenset({"submit", "admin"})  # scopes of the requests that are put down
 
@@ -32,12 +33,16 @@ class _KeyEnded(Exception):
 
 @dataclass(frozen=True)
 class AccessRules:
-    """The keys of a service; who is let in as long as none was made; how much a tenant may ask, and where it is put down."""
+    """The keys of a service; who is let in as long as none was made; how much a tenant may ask, and where it is put down.
+
+    ``key_rates`` counts the requests of keys that have a limit of their own.
+    """
 
     keys: KeyRing
     without_keys: WithoutKeys
     rates: Rates = field(default_factory=lambda: Rates(None))
     audit: AuditLog | None = None
+    key_rates: Rates = field(default_factory=lambda: Rates(None))
 
 
 class Access:
@@ -136,20 +141,23 @@ class Access:
                 "invalid_token",
             )
         request.state.identity = identity
-        limited = identity.site is None  # how much a site sends follows from its orders
-        if limited and (seconds := self._rules.rates.wait_seconds(identity.tenant)):
-            error = LimitReached(
-                identity.tenant, f"{self._rules.rates.per_minute} requests a minute", REQUESTS, seconds
-            )
-            return problem(
-                request,
-                HTTPStatus.TOO_MANY_REQUESTS,
-                "limit-reached",
-                str(error),
-                headers={"Retry-After": str(seconds)},
-            )
+        if error := self._limit_reached(identity):
+            headers = {"Retry-After": str(error.seconds)}
+            return problem(request, HTTPStatus.TOO_MANY_REQUESTS, "limit-reached", str(error), headers=headers)
         if needs and not any(identity.allows(scope) for scope in needs):
             return _forbidden(request, identity, needs)
+        return None
+
+    def _limit_reached(self, identity: Identity) -> LimitReached | None:
+        """Count a request. What its key may not send does not count for the tenant, whose other keys would have to wait."""
+        if identity.site is not None:  # how much a site sends follows from its orders
+            return None
+        most = identity.requests_per_minute
+        if seconds := self._rules.key_rates.wait_seconds(identity.key, most):
+            return LimitReached(f"the key {identity.key}", f"{most} requests a minute", OF_KEY, seconds)
+        if seconds := self._rules.rates.wait_seconds(identity.tenant):
+            most = self._rules.rates.per_minute
+            return LimitReached(identity.tenant, f"{most} requests a minute", REQUESTS, seconds)
         return None
 
     async def _put_down(

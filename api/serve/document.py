@@ -22,6 +22,7 @@ _ERRORS = {
     "405": "The route does not accept this method",
     "408": "The body was not there in time",
     "409": "The state of the job or upload does not allow this, or the `Idempotency-Key` was used before",
+    "412": "The job is not as it was when it had the `ETag` in `If-Match`; nothing was done",
     "413": "The body is too large",
     "415": "The body has another type",
     "421": "The service does not answer to this host",
@@ -125,6 +126,10 @@ def _add_headers(operation: dict[str, Any]) -> None:
         response["headers"] = response.get("headers", {}) | more
 
 
+def _takes(operation: dict[str, Any], header: str) -> bool:
+    return any(given["name"].lower() == header for given in operation.get("parameters", ()))
+
+
 def _describe_places(operation: dict[str, Any]) -> None:
     """Describe the parts of a path of which the route has no words of its own."""
     for parameter in operation.get("parameters", ()):
@@ -139,6 +144,7 @@ def _add_errors(operation: dict[str, Any], has_body: bool) -> None:
         responses.pop(known, None)
     for status, description in _ERRORS.items():
         is_possible = (has_body or status not in _WITH_BODY) and (operation.get("security") or status not in _WITH_KEY)
+        is_possible = is_possible and (status != "412" or _takes(operation, "if-match"))
         if status not in responses and is_possible:
             headers = {"headers": _HEADERS[status]} if status in _HEADERS else {}
             responses[status] = {"description": description, "content": _PROBLEM, **headers}

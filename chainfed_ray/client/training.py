@@ -27,10 +27,11 @@ from chainfed_ray.client.objective import (
     trained_names,
 )
 from chainfed_ray.client.progress import begin
-from chainfed_ray.data.tokens import Batch, Examples
+from chainfed_ray.data.tokens import Batch, Examples, of_like_length
 from chainfed_ray.model.adapters import AdapterStack, Tensors, of_ranks
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.forward import through_window
+from chainfed_ray.model.pooling import LayerStates, padded_together
 from chainfed_ray.model.prefix import Activations
 from chainfed_ray.seeds import derive
 from chainfed_ray.streaming.activations import OffloadedActivations, overwrite_activations
@@ -104,8 +105,8 @@ def _train(step: "_Step", examples: Examples, micro_batch: int, order: Training)
     total_loss, seen, steps = 0.0, 0, 0
     batches = step_batches(len(examples), order)
     for batch in begin("training").each(batches, _steps(len(examples), order), "steps"):
-        for start in range(0, len(batch), micro_batch):
-            total_loss += step.backward(examples, batch[start : start + micro_batch], len(batch))
+        for indices in examples.by_length(micro_batch, batch):
+            total_loss += step.backward(examples, indices, len(batch))
         if order.proximal:
             _add_proximal_gradients(step.stack, order)
         if order.clip_norm is not None:
@@ -161,22 +162,34 @@ class _Step:
     order: Training
 
     def backward(self, examples: Examples, indices: np.ndarray, batch_size: int) -> float:
-        """Add a micro-batch's share of the gradients of a batch; give its loss, summed over its examples."""
+        """Add a micro-batch's share of the gradients of a batch; give its loss, summed over its examples.
+
+        The examples at ``indices`` have ascending lengths.
+        """
         batch = examples.batch(indices)
         with self.saving:
-            states = through_window(
-                self.blocks,
-                self.stack,
-                self.run,
-                self.layers,
-                self.activations.batch(indices),
-                batch.mask,
-                recompute=self.saved == "recomputed",
-            )
+            states = self._output(indices, examples.lengths[indices], batch.mask)
             loss = self._objective(self.stack, self.window, states, batch.mask, self._loss(batch))
             del states
         (loss / batch_size).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
+
+    def _output(self, indices: np.ndarray, lengths: np.ndarray, mask: Tensor) -> LayerStates:
+        """The window's output. Through its layers examples of like length run together, with little padding."""
+        whole = [slice(0, len(indices))]
+        parts = [
+            through_window(
+                self.blocks,
+                self.stack,
+                self.run,
+                self.layers,
+                self.activations.batch(indices[part]),
+                mask[part, : lengths[part].max()],
+                recompute=self.saved == "recomputed",
+            )
+            for part in (of_like_length(lengths) if self.layers else whole)
+        ]
+        return parts[0] if len(parts) == 1 else padded_together(parts)
 
     @property
     def _objective(self) -> Objective:

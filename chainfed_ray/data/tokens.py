@@ -16,6 +16,7 @@ from chainfed_ray.errors import InvalidJob
 
 REPORTED_ROWS = 500  # rows tokenised between two progress reports, at most
 _CHARACTERS_AT_ONCE = 4_000_000  # of rows that are tokenised together
+_TOKENS_OF_A_PART = 64  # what it costs to run a part of a batch by itself, as tokens that go along
 
 
 class Batch(NamedTuple):
@@ -58,9 +59,13 @@ class Examples:
         """How many there are, and how long."""
         return ExampleCounts(len(self), int(self.lengths.max(initial=0)), len(self.ids))
 
-    def by_length(self, count: int) -> Iterator[np.ndarray]:
-        """The indices of all examples in batches of ``count``, by length: batches of like lengths need little padding."""
-        order = np.argsort(self.lengths, kind="stable")
+    def by_length(self, count: int, among: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """The indices of all examples, or those ``among`` them, in batches of ``count``, by length.
+
+        Batches of like lengths need little padding.
+        """
+        indices = np.arange(len(self)) if among is None else among
+        order = indices[np.argsort(self.lengths[indices], kind="stable")]
         return (order[first : first + count] for first in range(0, len(order), count))
 
     def by_tokens(self, most: int, among: np.ndarray) -> Iterator[np.ndarray]:
@@ -125,6 +130,25 @@ def tokenize(
         encoded = tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
         rows += [np.array(row or [0], dtype=np.int32) for row in encoded]
     return ragged(rows, np.array(labels, dtype=np.int64))
+
+
+def of_like_length(lengths: np.ndarray) -> list[slice]:
+    """Cut a batch whose examples have ascending ``lengths`` [B] into parts, so that least is spent on padding.
+
+    A part is padded to its own longest example. Each costs something of its own, so lengths that are nearly alike stay
+    together. The cut is the best one, by dynamic programming.
+    """
+    least, begins = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=np.int64)
+    for end in range(1, len(lengths) + 1):
+        tokens = (end - np.arange(end)) * lengths[end - 1]
+        costs = least[:end] + tokens + _TOKENS_OF_A_PART
+        begins[end] = costs.argmin()
+        least[end] = costs[begins[end]]
+    parts, end = list[slice](), len(lengths)
+    while end:
+        parts.append(slice(int(begins[end]), end))
+        end = int(begins[end])
+    return parts[::-1]
 
 
 def _parts(texts: Sequence[str]) -> Iterator[list[str]]:

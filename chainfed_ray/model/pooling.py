@@ -5,10 +5,12 @@ over several layers is better without any training (Head2Toe: Evci et al., 2022)
 their features, D numbers per example and layer, are computed once and accompany the hidden states.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class LayerStates(NamedTuple):
@@ -16,6 +18,13 @@ class LayerStates(NamedTuple):
 
     hidden: Tensor  # [B, T, D]
     pooled: Tensor  # [B, r, D] float32, the lowest layer first
+
+
+def padded_together(parts: Sequence[LayerStates]) -> LayerStates:
+    """The states of all ``parts`` of a batch, one part after the other, padded to the longest example."""
+    longest = max(part.hidden.shape[1] for part in parts)
+    hidden = torch.cat([pad(part.hidden, (0, 0, 0, longest - part.hidden.shape[1])) for part in parts])
+    return LayerStates(hidden, torch.cat([part.pooled for part in parts]))
 
 
 def no_features(hidden: Tensor) -> Tensor:

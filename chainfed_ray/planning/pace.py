@@ -73,7 +73,7 @@ def training_pace(base: ModelSource, client: Client, order: Training) -> Pace:
         runner = PrefixRunner(blocks, plan.prefix.batch, matrices if plan.prefix.weights == "streamed" else None)
         stack = AdapterStack.from_tensors(order.tensors)
         layer, load = _layer_pace(runner, stack, examples)
-        batch = usual_batch(examples, _random_batches(len(examples), plan.micro_batch, order.seed))
+        batch = usual_batch(examples, _random_batches(examples, order, plan.micro_batch))
         step = seconds_of(batch, lambda part: _time_step(blocks, replace(client, examples=part), order))
     # Each timed step also loaded the layers that it runs. A turn loads them once, so that time moves from the step to the turn.
     loading = (order.exit - stack.below(plan.window.bottom)) * load if plan.weights == "resident" else 0.0
@@ -151,10 +151,11 @@ def _time_step(blocks: Blocks, client: Client, order: Training) -> Taken:
         return _time(lambda: train(client, blocks, folder, step))
 
 
-def _random_batches(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Random micro-batches of ``size`` out of ``count`` examples, as a client draws them."""
-    generator = np.random.default_rng(seed)
-    return (generator.permutation(count)[:size] for _ in range(_DRAWN))
+def _random_batches(examples: Examples, order: Training, size: int) -> Iterator[np.ndarray]:
+    """Random micro-batches of ``size`` examples, as a client that follows ``order`` draws them."""
+    generator = np.random.default_rng(order.seed)
+    for _ in range(_DRAWN):
+        yield from examples.by_length(size, generator.permutation(len(examples))[: order.batch_size])
 
 
 def usual_batch(examples: Examples, batches: Iterable[np.ndarray]) -> Examples:

@@ -261,8 +261,10 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
         return None
     except ValidationError as error:
         others = (found["input"] for found in error.errors() if found["loc"][-1:] == ("version",))
-        reasons = (f"it has version {other}; this chainfed-ray reads version {VERSION}" for other in others)
-        raise CorruptCommit(str(path), next(reasons, "it is not what was written")) from error
+        reasons = [f"it has version {other}; this chainfed-ray reads version {VERSION}" for other in others]
+        if reasons:
+            raise CorruptCommit(str(path), reasons[0]) from None
+        raise CorruptCommit(str(path), "it is not what was written") from error
     _check_seal(path, record["record"] if isinstance(found, _Commit) else record, seal)
     return found
 

@@ -5,9 +5,9 @@ document, and names the path of every key that is unknown or wrong. ``rules.py``
 checks what depends on the data or the model.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from chainfed_ray.record import VERSION, Version
 from chainfed_ray.spec.fleet import FleetSpec
@@ -24,6 +24,12 @@ from chainfed_ray.spec.sections import (
     Section,
     Slug,
 )
+
+_BEFORE = 1  # the version of records changed then, and of jobs it changed nothing
+
+
+def _brought_forward(version: Any) -> Any:
+    return VERSION if type(version) is int and version == _BEFORE else version
 
 
 class JobSpec(Section):
@@ -55,7 +61,9 @@ class JobSpec(Section):
         description="in a service: of a tenant's jobs that wait, those with a greater one begin first",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="the seed of every random choice")
-    version: Version = Field(VERSION, description="the version of this document's format")
+    version: Annotated[Version, BeforeValidator(_brought_forward)] = Field(
+        VERSION, description="the version of this document's format; one of version 1 is read as well"
+    )
 
     def document(self) -> dict[str, Any]:
         """The job as JSON-ready data with every default spelled out. ``parse_job`` makes the same job from it."""

@@ -12,12 +12,16 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 @dataclass(frozen=True)
 class Identity:
-    """Who sends a request: the key ``key``, which ``owner`` has and calls ``name``, and which allows ``scopes``."""
+    """Who sends a request: the key ``key``, which ``owner`` has and calls ``name``, and which allows ``scopes``.
+
+    With ``requests_per_minute`` the key may send so many, whatever its tenant may.
+    """
 
     key: str
     owner: str
     name: str
     scopes: frozenset[Scope]
+    requests_per_minute: int | None = None
 
     @property
     def tenant(self) -> str:

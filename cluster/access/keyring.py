@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.access.keys import Key, KeyStore, parts_of, this_hour
+from chainfed_ray.cluster.database import NO_ANSWER
 
 KEPT_SECONDS = 3.0
 _log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class KeyRing:
         self._read_at: float | None = None  # when the query began
         self._reading = asyncio.Lock()
         self._state = (0, 0)
+        self._failure: tuple[float, Exception] | None = None  # when a query failed last, and how
         self._uses_told: dict[str, str] = {}  # the hour of each key
 
     async def is_open(self) -> bool:
@@ -64,14 +66,23 @@ class KeyRing:
         """Look at the keys, unless that was done at the time ``since`` or later."""
         if self._was_read(since):
             return
+        came = self._clock()
         async with self._reading:
             if self._was_read(since):  # another request did it meanwhile
                 return
+            if (
+                self._failure and self._failure[0] > came
+            ):  # or has failed at it, for all who waited: each try may take long
+                raise self._failure[1]
             began = self._clock()
-            state = await asyncio.to_thread(self._store.state)
-            if state != self._state:
-                self._keys = {key.id: key for key in await asyncio.to_thread(self._store.keys)}
-                self._state = state
+            try:
+                state = await asyncio.to_thread(self._store.state)
+                if state != self._state:
+                    self._keys = {key.id: key for key in await asyncio.to_thread(self._store.keys)}
+                    self._state = state
+            except NO_ANSWER as error:
+                self._failure = (self._clock(), error)
+                raise
             self._read_at = began
 
     def _was_read(self, since: float) -> bool:

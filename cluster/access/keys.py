@@ -29,6 +29,7 @@ _TOKEN = re.compile(rf"cfr_({_ID.pattern})_([0-9a-f]{{{2 * _SECRET_BYTES}}})")
 _OWNER = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _NAME = re.compile(r"[^\x00-\x1f\x7f]{0,100}")
 _LATEST = datetime(9999, 1, 1, tzinfo=UTC)
+_RATES = range(1, 1_000_001)  # requests a minute
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ class Key:
     revoked_at: str | None
     used_at: str | None
     hash: str = field(repr=False)
+    requests_per_minute: int | None = None
 
     @property
     def identity(self) -> Identity:
         """Who sends a request with this key."""
-        return Identity(self.id, self.owner, self.name, frozenset(self.scopes))
+        return Identity(self.id, self.owner, self.name, frozenset(self.scopes), self.requests_per_minute)
 
     def document(self) -> dict[str, Any]:
         """The key as JSON, without the hash of its secret."""
@@ -94,14 +96,22 @@ class KeyStore:
         self._engine.dispose()
 
     def make_key(
-        self, owner: str, scopes: Collection[str], name: str = "", expires_in: timedelta | None = None
+        self,
+        owner: str,
+        scopes: Collection[str],
+        name: str = "",
+        expires_in: timedelta | None = None,
+        requests_per_minute: int | None = None,
     ) -> NewKey:
-        """Make a key of ``owner`` that allows ``scopes``, and ends after ``expires_in``.
+        """Make a key of ``owner`` that allows ``scopes``, ends after ``expires_in``, and may send so many requests a minute.
 
         Raises:
-            InvalidSetting: the owner, a scope, the name or the time is not valid.
+            InvalidSetting: the owner, a scope, the name, the time or the number is not valid.
         """
         _check(owner, scopes, name, expires_in)
+        if requests_per_minute is not None and (requests_per_minute not in _RATES or "site" in scopes):
+            expected = f"1 to {_RATES[-1]}, and none for a site: how much a site sends follows from its orders"
+            raise InvalidSetting("requests-per-minute", str(requests_per_minute), expected)
         now, secret = datetime.now(UTC), token_hex(_SECRET_BYTES)
         row = KeyRow(
             id=token_hex(_ID_BYTES),
@@ -111,6 +121,7 @@ class KeyStore:
             scopes=[scope for scope in SCOPES if scope in scopes],
             created_at=moment(now),
             expires_at=None if expires_in is None else moment(now + min(expires_in, _LATEST - now)),
+            requests_per_minute=requests_per_minute,
         )
         with Session(self._engine) as session, session.begin():
             session.add(row)
@@ -217,4 +228,5 @@ def _key(row: KeyRow) -> Key:
         revoked_at=row.revoked_at,
         used_at=row.used_at,
         hash=row.hash,
+        requests_per_minute=row.requests_per_minute,
     )

@@ -1,4 +1,4 @@
-"""How many requests a tenant may send: a bucket of tokens for each, which fills up over a minute."""
+"""How many requests a tenant, or a key, may send: a bucket of tokens for each, which fills up over a minute."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 _MINUTE = 60.0
-_MOST_KNOWN = 10_000  # tenants
+_MOST_KNOWN = 10_000  # of those who send
 _ROUNDING = 1e-6  # of a token: a sum of parts of one may be a little less than one
 
 
@@ -17,26 +17,30 @@ class _Bucket:
 
 
 class Rates:
-    """Lets each tenant send ``per_minute`` requests a minute, or as many at once after a minute of rest; None lets all pass.
+    """Lets each who sends, a tenant or a key, send ``per_minute`` requests a minute, or as many at once after a minute of rest.
 
-    Each process counts by itself.
+    None lets all pass. Each process counts by itself.
     """
 
     def __init__(self, per_minute: int | None, clock: Callable[[], float] = monotonic) -> None:
         self.per_minute, self._clock = per_minute, clock
         self._buckets: dict[str, _Bucket] = {}
 
-    def wait_seconds(self, tenant: str) -> int:
-        """Count a request of ``tenant``. 0 if it may pass; otherwise, it is not counted, and may in so many seconds."""
-        if self.per_minute is None:
+    def wait_seconds(self, who: str, per_minute: int | None = None) -> int:
+        """Count a request of ``who``, to whom another limit may apply than to the others.
+
+        0 if it may pass; otherwise, it is not counted, and may in so many seconds.
+        """
+        most = per_minute or self.per_minute
+        if most is None:
             return 0
         now = self._clock()
-        bucket = self._buckets.get(tenant)
+        bucket = self._buckets.get(who)
         if bucket is None:
             self._make_room(now)
-            bucket = self._buckets[tenant] = _Bucket(self.per_minute, now)
-        a_second = self.per_minute / _MINUTE
-        bucket.tokens = min(self.per_minute, bucket.tokens + (now - bucket.filled_at) * a_second)
+            bucket = self._buckets[who] = _Bucket(most, now)
+        a_second = most / _MINUTE
+        bucket.tokens = min(most, bucket.tokens + (now - bucket.filled_at) * a_second)
         bucket.filled_at = now
         if bucket.tokens < 1 - _ROUNDING:
             return math.ceil((1 - bucket.tokens) / a_second)
@@ -44,8 +48,6 @@ class Rates:
         return 0
 
     def _make_room(self, now: float) -> None:
-        """Forget tenants whose buckets are full again: a new bucket is full as well."""
+        """Forget those whose buckets are full again: a new bucket is full as well."""
         if len(self._buckets) >= _MOST_KNOWN:
-            self._buckets = {
-                tenant: bucket for tenant, bucket in self._buckets.items() if now - bucket.filled_at < _MINUTE
-            }
+            self._buckets = {who: bucket for who, bucket in self._buckets.items() if now - bucket.filled_at < _MINUTE}

@@ -20,14 +20,14 @@ from sqlalchemy.orm import Session
 from chainfed_ray.cluster.files.tenant_lock import TenantLocks
 from chainfed_ray.cluster.files.upload_bytes import Arriving, upload_files
 from chainfed_ray.cluster.files.upload_sources import uploads_in
+from chainfed_ray.cluster.queries.kept_bytes import check_kept
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.schema import open_tables
-from chainfed_ray.cluster.storage import STORED_BYTES, UPLOADS, Storage
+from chainfed_ray.cluster.storage import UPLOADS, Storage
 from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
 from chainfed_ray.cluster.tenants import View
 from chainfed_ray.errors import InvalidJob, LimitReached, ServiceBusy, UploadConflict, UploadNotFound
 from chainfed_ray.reading import UploadedFile
-from chainfed_ray.units import format_bytes
 
 KEPT_HOURS = 48  # a part of an upload, after its last byte came
 _OVER = ("succeeded", "failed", "cancelled")  # jobs that read nothing any more
@@ -80,8 +80,8 @@ class UploadStore:
     ) -> Upload:
         """Begin an upload of ``size`` bytes, or give the one that the tenant has of this name and SHA-256.
 
-        It is complete at once if the tenant has its bytes already. The tenant may have ``most_uploads``, and all of them
-        ``most_stored`` bytes.
+        It is complete at once if the tenant has its bytes already. The tenant may have ``most_uploads``, and ``most_stored``
+        bytes of them and of jobs that are over.
 
         Raises:
             InvalidJob: the tenant has an upload of this SHA-256 with another size.
@@ -100,10 +100,8 @@ class UploadStore:
             count = session.scalar(select(func.count()).select_from(UploadRow).where(UploadRow.tenant == tenant)) or 0
             if most_uploads is not None and count >= most_uploads:
                 raise LimitReached(tenant, f"{count} uploads", UPLOADS, _FULL_SECONDS)
-            stored = self._stored(session, tenant)
-            if most_stored is not None and not alike and stored + size > most_stored:
-                what = f"{format_bytes(stored)} of uploads, and {format_bytes(size)} more would be too many"
-                raise LimitReached(tenant, what, STORED_BYTES, _FULL_SECONDS)
+            if not alike:
+                check_kept(session, tenant, most_stored, size)
             row = UploadRow(
                 id=token_hex(8),
                 tenant=tenant,
@@ -283,11 +281,6 @@ class UploadStore:
         still = select(UploadRow.id).where(UploadRow.id == upload.id).exists()
         with Session(self._engine) as session, session.begin():
             session.execute(update(UploadRow).where(*same, still).values(complete=True))
-
-    def _stored(self, session: Session, tenant: str) -> int:
-        """The bytes of a tenant's uploads, whether they have come yet or not; the same ones are counted once."""
-        once = select(UploadRow.sha256, UploadRow.bytes).where(UploadRow.tenant == tenant).distinct().subquery()
-        return int(session.scalar(select(func.coalesce(func.sum(once.c.bytes), 0))) or 0)
 
     def _reader(self, session: Session, upload: Upload) -> str | None:
         """A job that is not over and reads the upload."""

@@ -4,7 +4,10 @@ The controller does this too. It imports no torch, so that the process of the co
 """
 
 import logging
+import os
+from contextlib import suppress
 from errno import EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE
+from pathlib import Path
 from typing import Any
 
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -40,6 +43,25 @@ def clean_up(job: str, storage: Storage) -> OSError | None:
     return None
 
 
+def note_bytes(job: str, store: JobStore, storage: Storage) -> None:
+    """Put on record how many bytes are kept of a job that is about to be over: its commits, its stacks and its log.
+
+    Raises:
+        OSError: the object store is away.
+    """
+    if storage.objects:
+        count = sum(one.bytes for one in storage.objects.below(f"jobs/{job}"))
+    else:
+        count = sum(_size(Path(folder, name)) for folder, _, names in os.walk(storage.job(job)) for name in names)
+    store.kept_bytes.note(job, count)
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):  # it is there no more
+        return path.lstat().st_size
+    return 0
+
+
 def fail(job: str, error: Exception, store: JobStore, storage: Storage) -> None:
     """Record that a job failed of an ``error`` outside of its turns, and clean it up. Its processes must have ended.
 
@@ -49,6 +71,7 @@ def fail(job: str, error: Exception, store: JobStore, storage: Storage) -> None:
     trouble = clean_up(job, storage)
     if trouble and trouble.errno == ENOTCONN:
         raise trouble
+    note_bytes(job, store, storage)
     store.move(job, "failed", error={**described(error), "cause": FirstCause(message=str(error)).model_dump()})
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, fail, has_died_too_often
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, fail, has_died_too_often, note_bytes
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.client_memory import check_fits, memory_at_once, why_it_waits
 from chainfed_ray.cluster.storage import Settings
@@ -184,6 +184,7 @@ class Controller:
             broken = clean_up(job, self._settings.storage)
             if broken and broken.errno in OF_DISKS:  # a later step tries again
                 return
+            note_bytes(job, self._store, self._settings.storage)
             self._store.move(job, "cancelled", error=described(broken) if broken else None)
             over.add(job)
 

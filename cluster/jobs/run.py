@@ -19,7 +19,7 @@ from chainfed_ray.cluster.files.job_log import WITHHELD, JobLog
 from chainfed_ray.cluster.files.upload_sources import rules_of_job
 from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, OF_FULL_DISKS, clean_up, described, fail
+from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, OF_FULL_DISKS, clean_up, described, fail, note_bytes
 from chainfed_ray.cluster.jobs.commits import Commits, wait_for
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
@@ -160,6 +160,7 @@ def _clean_up(job: str, store: JobStore, storage: Storage) -> None:
         trouble = clean_up(job, storage)
         if trouble and trouble.errno == ENOTCONN:
             raise trouble
+        note_bytes(job, store, storage)
 
     wait_for(once, job, store)
 

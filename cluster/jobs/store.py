@@ -30,6 +30,7 @@ from chainfed_ray.cluster.files.upload_sources import hold_uploads
 from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
+from chainfed_ray.cluster.queries.kept_bytes import KeptBytes
 from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
 from chainfed_ray.cluster.queries.newest_models import NewestModels
 from chainfed_ray.cluster.queries.pages import Label, Place, page_of
@@ -78,6 +79,8 @@ class JobStore:
         self._engine = open_tables(url, existing)
         self._view = View()
         self.rounds, self._newest_models = Rounds(self._engine), NewestModels(self._engine)
+        self.turns = Turns(self._engine)  # of the tenants, to have a job begin
+        self.kept_bytes = KeptBytes(self._engine)
 
     def seen_by(self, tenant: str, everything: bool) -> Self:
         """These jobs as ``tenant`` sees them, who submits jobs of its own: its own ones alone, unless it sees ``everything``.
@@ -374,11 +377,6 @@ class JobStore:
         """The condition of a query that a job is seen."""
         is_own = true() if self._view.everything else JobRow.tenant == self._view.tenant
         return and_(is_own, JobRow.deleted_at.is_(None))
-
-    @property
-    def turns(self) -> Turns:
-        """Whose turn it is, among the jobs of all tenants."""
-        return Turns(self._engine)
 
     def _found(self, query: Select[JobRow]) -> list[JobRecord]:
         with Session(self._engine) as session:

@@ -30,7 +30,7 @@ def test_a_layer_counts_forward_and_backward(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_has_as_many_rounds_as_there_are_passes_for(method: str) -> None:
     chain, share = METHODS[method]
-    run = Run("", "banking77", method, 0.002, 0, 8000, 1, 1600)
+    run = Run("", "banking77", method, 0.002, 0, 8000, 1, 1600, 1000)
     rounds = rounds_of(run, chain | {"look_ahead": chain.get("look_ahead", "exact")}, share)
     assert rounds == {"end-to-end": 26, "last-8": 75}.get(method, rounds)
     assert rounds > 10

@@ -1,7 +1,7 @@
 """Promise: planned bytes are enough, and not above the measured peak by more than a third; for families of all kinds.
 
-In bfloat16, on a processor that has to do without, by no more than a half. Each turn is taken under a cap of what was
-planned: one that was planned too tight is an error. Each family has a process of its own.
+In bfloat16 by no more than a half: processors differ in how they compute with it. Each turn is taken under a cap of what
+was planned: one that was planned too tight is an error. Each family has a process of its own.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from chainfed_ray.device.peak import ENVIRONMENT
-from tests.measured import NO_BFLOAT16, exact_grid, grid
+from tests.measured import NO_BFLOAT16, exact_grid, grid, mixed_grid
 from tests.project import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test waits for what all of them need
@@ -44,8 +44,10 @@ def test_planned_is_enough_and_not_much_more(family: str, turns: list[dict[str, 
     if NO_BFLOAT16 and family in _TOO_SLOW:
         pytest.skip("a head in bfloat16 takes minutes on this processor")
     rows = [row for row in turns if row["family"] == family]
-    assert len(rows) == len(grid(family)) + len(exact_grid(family))
-    # A processor that computes in bfloat16 packs the factors of a product first, and the plan counts that; others do not.
-    at_most = _A_HALF if family.endswith("bf16") and NO_BFLOAT16 else _A_THIRD
+    assert len(rows) == len(grid(family)) + len(exact_grid(family)) + len(mixed_grid(family))
+    # Some processors pack the factors of a product in bfloat16 first, and the plan counts that; others pack less, or nothing.
+    at_most = _A_HALF if family.endswith("bf16") else _A_THIRD
     for row in rows:
-        assert row["measured"] <= row["planned"] <= at_most * row["measured"], row
+        assert row["measured"] <= row["planned"], row
+        # A plan is for a batch of the longest examples: with shorter ones among them it may be far above what they need.
+        assert row["mixed"] or row["planned"] <= at_most * row["measured"], row

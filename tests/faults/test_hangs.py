@@ -20,7 +20,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.model.saved_stack import load_stack
 from tests.builders import a_job, assert_same, run
-from tests.callers import TARGETS, Caller
+from tests.callers import PROCESSES, Caller
 from tests.services import Running
 from tests.watching import running, wait_for
 
@@ -49,7 +49,7 @@ def test_whatever_hangs_nobody_has_to_help(document: dict[str, Any], tmp_path: P
         for kind in KINDS:
             job = service.client.json(calls.submit_job({**document, "name": "hurt"}))["id"]
             wait_for(lambda job=job: jobs.of_kind(job, "round"), "a round", 120)
-            hung: list[psutil.Process] = wait_for(lambda kind=kind: service.processes(TARGETS[kind]), kind)[:1]
+            hung: list[psutil.Process] = wait_for(lambda kind=kind: service.processes(PROCESSES[kind]), kind)[:1]
             caller.begin()
             began = monotonic()
             hung[0].suspend()

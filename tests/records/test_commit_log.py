@@ -11,6 +11,7 @@ import torch
 
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.first_cause import first_cause
 from tests.builders import FINISHED, a_round, a_start
 from tests.pools import Killed
 
@@ -77,8 +78,9 @@ def test_a_document_of_another_version_is_refused(name: str, tmp_path: Path) -> 
     document = json.loads((tmp_path / name).read_bytes())
     assert document["version"] == 2
     (tmp_path / name).write_text(json.dumps(document | {"version": 1}))
-    with pytest.raises(CorruptCommit, match="it has version 1; this chainfed-ray reads version 2"):
+    with pytest.raises(CorruptCommit, match="it has version 1; this chainfed-ray reads version 2") as refused:
         everything(CommitLog(tmp_path))
+    assert first_cause(refused.value, None, []).message == str(refused.value), "and nothing of how it was found"
 
 
 def everything(log: CommitLog) -> object:

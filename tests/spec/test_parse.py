@@ -21,6 +21,14 @@ def test_document_round_trips(document: dict[str, Any]) -> None:
     assert parse_job(spec.document()) == spec
 
 
+def test_a_document_of_the_version_before_is_the_same_job(document: dict[str, Any]) -> None:
+    spec = parse_job(document)
+    assert parse_job({**spec.document(), "version": 1}) == spec
+    for wrong in (0, 3, "1", True, 1.0):
+        with pytest.raises(InvalidJob, match=r"^version is "):
+            parse_job({**document, "version": wrong})
+
+
 def test_every_example_is_a_job() -> None:
     for path in (ROOT / "examples").glob("*.yaml"):
         parse_yaml(path.read_text())

@@ -46,6 +46,33 @@ def test_a_job_pauses_goes_on_and_is_cancelled(client: TestClient, store: JobSto
     assert client.post("/v1/jobs/none/pause").status_code == 404
 
 
+def test_what_is_asked_of_a_job_as_it_was_is_refused_once_it_is_another(client: TestClient, store: JobStore) -> None:
+    job = store.submit(SPEC).id
+    path = f"/v1/jobs/{job}"
+    seen = client.get(path).headers["etag"]
+
+    def ask(what: str, tag: str) -> int:
+        headers = {"If-Match": tag}
+        done = (
+            client.delete(path, headers=headers) if what == "delete" else client.post(f"{path}/{what}", headers=headers)
+        )
+        return done.status_code
+
+    assert ask("pause", f'"other", {seen}') == 202
+    before = store.events(job)
+    for what in ("pause", "resume", "cancel", "retry", "clone", "delete"):
+        assert ask(what, seen) == 412, "it is paused by now"
+        assert ask(what, f"W/{client.get(path).headers['etag']}") == 412, "a weak tag says too little"
+    assert (store.events(job), len(store.page())) == (before, 1)
+    refused = client.post(f"{path}/resume", headers={"If-Match": seen})
+    assert refused.json()["type"] == "urn:chainfed:problem:precondition-failed"
+    assert ask("resume", client.get(path).headers["etag"]) == 202
+    assert ask("cancel", "*") == 202
+    assert ask("delete", client.get(path).headers["etag"]) == 204
+    assert ask("delete", "*") == 404
+    assert ask("pause", seen) == 404
+
+
 def test_a_job_is_tried_again_and_deleted(client: TestClient, store: JobStore) -> None:
     job = store.submit(SPEC).id
     assert client.delete(f"/v1/jobs/{job}").status_code == 409

@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.records.fleet import LateSite
 from tests.apps import an_app
 from tests.builders import SPEC, a_round, a_start
@@ -102,6 +103,32 @@ def test_progress_and_an_estimate_of_the_end(client: TestClient, store: JobStore
     assert shown()["estimated_finish"] is None, "in no year that a date can have"
     store.move(job, "succeeded", result={"accuracy": 0.5})
     assert (shown()["progress"]["fraction"], shown()["estimated_finish"]) == (1.0, None)
+
+
+def test_a_job_from_before_records_had_this_version_is_shown_without_progress(
+    store: JobStore, storage: Storage
+) -> None:
+    job = store.submit(SPEC).id
+    store.move(job, "running")
+    store.publish(job, "started", "started", {"version": 1, "classes": ["a"], "admitted": [{"client": "phone-0"}]})
+    record = a_round(0, a_start()).model_dump(mode="json")
+    store.publish(job, "round-0", "round", record | {"version": 1})
+    store.publish(job, "finished", "finished", {"version": 1, "accuracy": 0.5, "served": "last", "rounds": 1})
+    store.move(job, "succeeded", result={"accuracy": 0.5})
+    (storage.job(job) / "model").mkdir(parents=True)
+    (storage.job(job) / "model" / "README.md").write_text("a model")
+    app = an_app(store, folder_of=storage.job)
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
+        shown = client.get(f"/v1/jobs/{job}").json()
+        assert (shown["status"], shown["progress"], shown["result"]) == ("succeeded", None, {"accuracy": 0.5})
+        for part in ("events", "clients", "artifacts", "logs"):
+            assert client.get(f"/v1/jobs/{job}/{part}").status_code == 200, part
+        assert [one["name"] for one in client.get(f"/v1/jobs/{job}/artifacts").json()["artifacts"]] == [
+            "last/README.md", "model/README.md",
+        ]  # fmt: skip
+        assert client.get("/metrics").status_code == 200
+        assert client.get("/v1/jobs").json()["jobs"][0]["accuracy"] == 0.5
+        assert client.post(f"/v1/jobs/{job}/clone").status_code == 201
 
 
 def test_conditions_of_a_job(client: TestClient, store: JobStore) -> None:

@@ -29,19 +29,23 @@ def chainfed(environment: dict[str, str], *arguments: str) -> tuple[int, str, st
 
 @pytest.mark.slow
 def test_a_key_from_its_making_to_its_end(environment: dict[str, str], tmp_path: Path) -> None:
-    code, said, _ = chainfed(environment, "create", "--owner", "alice", "--scopes", "submit, read", "--expires", "90d")
+    code, said, _ = chainfed(
+        environment, "create", "--owner", "alice", "--scopes", "submit, read", "--requests-per-minute", "77"
+    )
     assert code == 0
     token = said.split()[-1]
     keys = KeyStore(Storage.at(tmp_path / "storage").database, existing=True)
     identity = keys.authenticate(token)
     assert identity is not None
-    assert (identity.owner, identity.scopes) == ("alice", {"submit", "read"})
+    assert (identity.owner, identity.scopes, identity.requests_per_minute) == ("alice", {"submit", "read"}, 77)
 
     code, said, _ = chainfed(environment, "list", "--json")
     (listed,) = json.loads(said)["keys"]
     assert (code, listed["id"], listed["revoked_at"]) == (0, identity.key, None)
     assert listed.keys().isdisjoint({"hash", "token"})
-    assert token.rpartition("_")[2] not in said + chainfed(environment, "list")[1]
+    table = chainfed(environment, "list")[1]
+    assert "77" in table
+    assert token.rpartition("_")[2] not in said + table
 
     code, said, _ = chainfed(environment, "revoke", identity.key, "--json")
     assert (code, json.loads(said)["id"]) == (0, identity.key)

@@ -86,6 +86,12 @@ def test_every_error_is_a_problem(document: dict[str, Any]) -> None:
                 assert set(response["content"]) == {"application/problem+json"}, (name, status)
         assert all("Retry-After" in responses[status].get("headers", {}) for status in ("429",)), name
         assert ("413" in responses) == ("requestBody" in operation), name
+        takes_a_tag = any(given["name"] == "if-match" for given in operation.get("parameters", ()))
+        assert (
+            ("412" in responses)
+            == takes_a_tag
+            == (operation["tags"] == ["jobs"] and "{job}" in name and "GET" not in name)
+        )
     assert "204" in operations(document)["GET /v1/jobs/{job}/events"]["responses"]
     assert "HTTPValidationError" not in document["components"]["schemas"]
 

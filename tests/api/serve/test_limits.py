@@ -103,6 +103,22 @@ def test_a_tenant_that_asks_too_often_waits_and_others_do_not(store: JobStore, k
     assert client.get("/v1/jobs", headers=second).status_code == 200
 
 
+def test_a_key_that_asks_too_often_waits_and_its_tenants_others_do_not(store: JobStore, keys: KeyStore) -> None:
+    now = [0.0]
+    rules = AccessRules(KeyRing(keys), "nobody", Rates(3, lambda: now[0]), key_rates=Rates(None, lambda: now[0]))
+    client = TestClient(an_app(store, rules), "http://localhost")
+    limited = keys.make_key("alice", ["read"], requests_per_minute=1)
+    often, other = {"Authorization": f"Bearer {limited.token}"}, bearer(keys, "alice", "read")
+    asked = [client.get("/v1/jobs", headers=headers) for headers in (often, often, often, other, other, other)]
+    assert [answer.status_code for answer in asked] == [200, 429, 429, 200, 200, 429]
+    refused = asked[1]
+    assert (refused.headers["retry-after"], refused.json()["type"]) == ("60", "urn:chainfed:problem:limit-reached")
+    assert refused.json()["detail"] == (
+        f"the key {limited.key.id} has 1 requests a minute, as many as its requests_per_minute allows; try again in 60 s"
+    )
+    assert "CHAINFED_REQUESTS_PER_MINUTE" in asked[5].json()["detail"], "three of the tenant's were counted"
+
+
 @pytest.mark.slow
 def test_a_tenant_has_so_many_jobs_in_the_queue(store: JobStore, keys: KeyStore) -> None:
     client = TestClient(an_app(store, AccessRules(KeyRing(keys), "nobody"), most_queued=2), "http://localhost")
@@ -119,6 +135,30 @@ def test_a_tenant_has_so_many_jobs_in_the_queue(store: JobStore, keys: KeyStore)
     store.move(first, "running")
     assert client.post("/v1/jobs", json=JOB, headers=alice).status_code == 201
     assert len(store.page()) == 4
+
+
+def test_a_tenant_whose_jobs_fill_its_bytes_gets_no_more_until_one_is_deleted(
+    storage: Storage, store: JobStore, keys: KeyStore
+) -> None:
+    uploads = UploadStore(storage)
+    app = an_app(store, AccessRules(KeyRing(keys), "nobody"), uploads=uploads, stored_bytes=1000)
+    client = TestClient(app, "http://localhost")
+    alice, bob = (bearer(keys, owner, "submit") for owner in ("alice", "bob"))
+    job = client.post("/v1/jobs", json=JOB, headers=alice).json()["id"]
+    store.kept_bytes.note(job, 1000)
+    upload = {"name": "a.csv", "bytes": 1, "sha256": 64 * "0"}
+    assert client.post("/v1/jobs", json=JOB, headers=alice).status_code == 201, "it counts when it is over"
+    store.move(job, "cancelled")
+    for path, body in (("/v1/jobs", JOB), (f"/v1/jobs/{job}/clone", {}), ("/v1/uploads", upload)):
+        refused = client.post(path, json=body, headers=alice)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "60"), path
+        assert "1000B of jobs that are over" in refused.json()["detail"]
+        assert "as many as CHAINFED_STORED_BYTES allows" in refused.json()["detail"]
+    assert client.post("/v1/jobs", json=JOB, headers=bob).status_code == 201
+    assert client.delete(f"/v1/jobs/{job}", headers=alice).status_code == 204
+    assert client.post("/v1/uploads", json=upload, headers=alice).status_code == 201
+    assert client.post("/v1/jobs", json=JOB, headers=alice).status_code == 201
+    uploads.close()
 
 
 def test_a_tenant_has_so_many_uploads(storage: Storage, store: JobStore, keys: KeyStore) -> None:

@@ -67,6 +67,21 @@ def test_requests_share_a_query_until_it_is_old(store: Counting) -> None:
     assert (store.queries, store.reads) == (2, 1), "the keys are the same"
 
 
+def test_requests_that_wait_for_a_database_share_its_failure(store: Counting) -> None:
+    store.make_key("a", ["read"])
+    ring = KeyRing(store, 3.0, Clock())
+
+    async def ask() -> None:
+        store.broken = True
+        found = await asyncio.gather(*(ring.is_open() for _ in range(50)), return_exceptions=True)
+        assert all(isinstance(one, OperationalError) for one in found)
+        assert store.queries == 1, "one that takes long fails for all who wait, and not for one after the other"
+        store.broken = False
+        assert not await ring.is_open(), "who comes later has a try of their own"
+
+    asyncio.run(ask())
+
+
 def test_a_revoked_key_ends_as_soon_as_the_keys_are_read_again(store: Counting) -> None:
     made = store.make_key("a", ["read"])
     clock = Clock()

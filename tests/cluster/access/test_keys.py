@@ -33,6 +33,16 @@ def test_a_token_names_its_owner_and_what_it_allows(keys: KeyStore) -> None:
     assert not found.allows("admin")
 
 
+def test_a_key_has_its_own_limit_of_requests(keys: KeyStore) -> None:
+    made = keys.make_key("alice", ["read"], requests_per_minute=60)
+    found = keys.authenticate(made.token)
+    assert found is not None
+    assert (found.requests_per_minute, keys.keys()[0].document()["requests_per_minute"]) == (60, 60)
+    for wrong in ({"scopes": ["read"], "requests_per_minute": 0}, {"scopes": ["site"], "requests_per_minute": 5}):
+        with pytest.raises(InvalidSetting, match=r"requests-per-minute is '.'; expected 1 to 1000000"):
+            keys.make_key("alice", name="north", **wrong)
+
+
 def test_admin_is_allowed_everything_but_to_be_a_site(keys: KeyStore) -> None:
     admin = keys.make_key("ops", ["admin"]).key.identity
     assert [scope for scope in ("submit", "read", "infer", "admin", "site") if admin.allows(scope)] == [

@@ -41,6 +41,13 @@ def test_a_tenant_waits_for_itself_alone() -> None:
     assert rates.wait_seconds("a") == 30
 
 
+def test_who_has_another_limit_waits_by_that() -> None:
+    rates = Rates(None, Clock())
+    assert [rates.wait_seconds(key, most) for key, most in (("a", 1), ("a", 1), ("b", 3), ("b", 3), ("c", None))] == [
+        0, 60, 0, 0, 0,
+    ]  # fmt: skip
+
+
 def test_without_a_limit_all_pass() -> None:
     rates = Rates(None)
     assert not any(rates.wait_seconds("a") for _ in range(1000))

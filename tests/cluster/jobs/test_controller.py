@@ -16,6 +16,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.turns import Turns
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.tables import AT_WORK
+from chainfed_ray.errors import LimitReached
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.spec.job import JobSpec
@@ -146,9 +147,12 @@ def test_a_cancelled_job_ends_and_gives_its_disk_back(parts: tuple[Controller, J
     controller.step()
     settings.storage.scratch(job).mkdir(parents=True)
     CommitLog(settings.storage.job(job)).secret()
+    (settings.storage.job(job) / "rounds" / "0.json").write_bytes(bytes(1000))
     store.move(job, "cancelling")
     controller.step()
     assert store.get(job).status == "cancelled"
+    with pytest.raises(LimitReached, match="of jobs that are over"):
+        store.kept_bytes.check("default", 1000)
     assert not settings.storage.scratch(job).exists()
     assert not (settings.storage.job(job) / "privacy.key").exists(), "of noise that is made no more"
     assert processes.jobs == {other}

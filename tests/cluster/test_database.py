@@ -1,0 +1,64 @@
+"""Promises of the door to PostgreSQL: one that hangs is taken for away, and a change of tables is waited for."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from time import monotonic
+
+import pytest
+from sqlalchemy import text
+
+from chainfed_ray.cluster import database, schema
+from chainfed_ray.cluster.database import NO_ANSWER, open_database
+from chainfed_ray.cluster.jobs.store import JobStore
+from tests import postgres
+from tests.builders import SPEC
+from tests.lacking import without
+from tests.watching import wait_for
+
+pytestmark = pytest.mark.slow
+PATIENCE = 1.0
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[postgres.Server]:
+    if (programs := postgres.installed()) is None:
+        without("no PostgreSQL server is installed")
+    monkeypatch.setattr(database, "PATIENCE_SECONDS", PATIENCE)
+    monkeypatch.setattr(database, "CONNECT_SECONDS", 2)
+    with postgres.server(programs) as started:
+        yield started
+
+
+def test_a_server_that_hangs_does_not_answer_and_is_asked_again_when_it_runs(server: postgres.Server) -> None:
+    with closing(JobStore(server.url)) as store:
+        job = store.submit(SPEC).id
+        for away, back in ((server.freeze, server.thaw), (server.stop, server.start)):
+            away()
+            began = monotonic()
+            with pytest.raises(NO_ANSWER):
+                store.page()
+            assert monotonic() - began < 30
+            back()
+
+            def found() -> list[str]:
+                try:
+                    return [record.id for record in store.page()]
+                except NO_ANSWER:  # it starts
+                    return []
+
+            assert wait_for(found, "answer", 60) == [job]
+
+
+def test_who_changes_tables_waits_for_another_that_does(server: postgres.Server) -> None:
+    other = open_database(server.url, existing=True)
+    with ThreadPoolExecutor(1) as threads:
+        with other.begin() as connection:
+            connection.execute(text("select pg_advisory_xact_lock(:lock)").bindparams(lock=schema.LOCK))
+            opened = threads.submit(schema.open_tables, server.url)
+            ends = monotonic() + 3 * PATIENCE
+            wait_for(lambda: opened.done() or monotonic() > ends, "end of the patience")
+            assert not opened.done()
+        opened.result(60).dispose()
+    assert schema.version_of(other) == schema.VERSIONS[-1]
+    other.dispose()
