@@ -72,6 +72,7 @@ def _json_jobs() -> Iterator[tuple[str, str]]:
         "memory of 10**400": {"fleet": {"clients": [{"name": "a", "memory": ten_to_400}]}},
         "half a surrogate pair": {"name": "\ud800"},
         "half a pair in a key": {"\udfff": 1},
+        "half a pair in a key and its value": {"\udfff": "\udfff"},
         "a null character": {"data": {"train": "path:/a\0b"}},
         "a part of a path too long": {"data": {"train": "path:/" + "a" * 300}},
         "a path too long": {"model": {"base": "path:" + "/a" * 3000}},

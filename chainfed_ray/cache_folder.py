@@ -1,7 +1,9 @@
-"""Where what is made once and kept between runs has its folder: compiled libraries, converted models."""
+"""Where what is made once and kept between runs has its folder: compiled libraries, converted models. How it is written."""
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -46,6 +48,17 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
             unfinished.rename(folder)
             _onto_the_disk(folder.parent)
     return folder
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Raise what a disk does not take as an ``OSError``: libraries in Rust have errors of their own for it."""
+    try:
+        yield
+    except Exception as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+        raise
 
 
 def shortened(name: str) -> str:

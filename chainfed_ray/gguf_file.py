@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_accelerate_available
 
 from chainfed_ray.block_forms import FORMS, to_metadata
-from chainfed_ray.cache_folder import made_once, shortened
+from chainfed_ray.cache_folder import made_once, shortened, writing
 from chainfed_ray.errors import PackageMissing, UnsupportedModel
 from chainfed_ray.problem import some_of
 
@@ -79,7 +79,7 @@ def _convert(file: Path, folder: Path) -> None:
         raise UnsupportedModel(str(file), reason) from None
     shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
     folder.mkdir()
-    with _writing():
+    with writing():
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -217,8 +217,7 @@ class _Parts:
         Raises:
             ValueError: the file has no room for them.
         """
-        number = int.from_bytes(self.take(8, f"the number of its {what}"), "little")
-        if number * least > self.size:
+        if (number := int.from_bytes(self.take(8, f"the number of its {what}"), "little")) * least > self.size:
             raise ValueError(f"it has {number} {what} in a file of {self.size} bytes")
         return number
 
@@ -232,8 +231,7 @@ class _Parts:
             (number,) = struct.unpack("<f", self.take(4, name))
             return name, float(number)
         if kind == _TEXT:
-            length = self._length(name)
-            if length <= _SHORT:
+            if (length := self._length(name)) <= _SHORT:
                 return name, self.take(length, name).decode(errors="replace")
             self._skip(length, name)
         elif kind == _LIST:
@@ -322,23 +320,14 @@ def accelerate_known() -> Iterator[None]:
     """Let transformers read GGUF files where Accelerate is left out (``lean_imports``): it asks for it, and uses nothing."""
     module: Any = import_module("transformers.modeling_utils")
     with _ONE_MODEL:
-        before = module.is_accelerate_available
+        before, level = module.is_accelerate_available, module.logger.level
         module.is_accelerate_available = is_accelerate_available
+        module.logger.setLevel("ERROR")  # its report on tensors that do not fit: our errors say it in a line
         try:
             yield
         finally:
             module.is_accelerate_available = before
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Raise what a disk does not take as an ``OSError``: libraries in Rust have errors of their own for it."""
-    try:
-        yield
-    except Exception as error:
-        if found := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
-        raise
+            module.logger.setLevel(level)
 
 
 def _blocks(reader: Any, model: Any, own: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

@@ -15,12 +15,12 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         found = "is missing" if self.value is MISSING else f"is {shown(self.value)}"
-        return f"{self.field} {found}; expected {_printable(self.expected)}"
+        return f"{_printable(self.field)} {found}; expected {_printable(self.expected)}"
 
     def document(self) -> dict[str, str | None]:
         """The problem as JSON. The value is written as Python's ``repr``; it is None if the field is missing."""
         value = None if self.value is MISSING else shown(self.value)
-        return {"field": self.field, "value": value, "expected": _printable(self.expected)}
+        return {"field": _printable(self.field), "value": value, "expected": _printable(self.expected)}
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> "Problem":
@@ -30,7 +30,7 @@ class Problem(NamedTuple):
 
 
 def _printable(text: str) -> str:
-    """A text that can be sent and printed, cut: it may quote a user's files.
+    """A text that can be sent and printed, cut: it may quote a user's files, or the keys of a document.
 
     Names of files may have bytes that are no text, which Python has as surrogates, and characters that a terminal obeys.
     """

@@ -76,6 +76,13 @@ def test_a_plot_that_cannot_be_written_costs_itself_alone(tmp_path: Path) -> Non
     assert words.startswith(f"No plots were drawn in {tmp_path / 'plots'}: ")
 
 
+def test_a_picture_that_cannot_be_written_costs_itself_alone(tmp_path: Path) -> None:
+    words = pictures.write_if_possible(tmp_path / "nowhere" / "plan.png", lambda: b"a picture")
+    assert words.startswith(f"No picture was written to {tmp_path / 'nowhere' / 'plan.png'}: ")
+    assert pictures.write_if_possible(tmp_path / "plan.png", lambda: b"a picture").startswith("The picture is in ")
+    assert (tmp_path / "plan.png").read_bytes() == b"a picture"
+
+
 def test_a_disk_that_is_full_costs_the_plots_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fills up in the middle of a plot."""
 

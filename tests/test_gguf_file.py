@@ -1,6 +1,7 @@
 """Promise: a GGUF file is a base model. It is converted once, stays quantized, and gives what its values give."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -327,6 +328,22 @@ def test_a_file_that_says_too_little_or_another_model_is_refused(
         shutil.copy(path, tmp_path)
     with pytest.raises(InvalidJob, match=f"expected a GGUF file that can be read .*{words}"):
         resolve(f"path:{file}")
+
+
+@pytest.mark.slow
+def test_nothing_is_printed_besides_what_is_wrong(tmp_path: Path) -> None:
+    """transformers would tell of each tensor that does not fit, in a table."""
+    file, told = a_gguf(tmp_path / "odd.gguf", "Q4_0", change=without("llama.embedding_length")), list[str]()
+    logger, handler = logging.getLogger("transformers.modeling_utils"), logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(InvalidJob):
+            resolve(f"path:{file}")
+    finally:
+        logger.removeHandler(handler)
+    assert not told
+    assert logger.isEnabledFor(logging.WARNING), "of other models it tells as before"
 
 
 @pytest.mark.slow

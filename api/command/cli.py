@@ -4,6 +4,7 @@ Progress goes to standard error. The answer goes to standard output: as text, or
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,12 +22,13 @@ from chainfed_ray.api.command import jobs_command
 from chainfed_ray.api.command.export_command import Format, NewFolder, StackFolder, export_model
 from chainfed_ray.api.command.interruption import Interruption
 from chainfed_ray.api.command.join_command import join
+from chainfed_ray.api.command.utf8_mode import in_utf8_mode, standard_input
 from chainfed_ray.api.operator.answers import Json, answer
 from chainfed_ray.api.operator.backup_command import backup, restore
 from chainfed_ray.api.operator.database_command import database_app
 from chainfed_ray.api.operator.keys_command import keys_app
 from chainfed_ray.api.operator.sites_command import sites_app
-from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible
+from chainfed_ray.api.report.pictures import check_drawing, draw_if_possible, write_if_possible
 from chainfed_ray.api.sdk import calls, exchanges
 from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.api.sdk.keys import read_key
@@ -134,8 +136,7 @@ def plan(
     if picture:
         from chainfed_ray.api.report.forecast_picture import png
 
-        picture.write_bytes(png(forecast))
-        parts.append(f"The picture is in {picture}.")
+        parts.append(write_if_possible(picture, lambda: png(forecast)))
     answer(as_json, forecast.model_dump(mode="json"), *parts)
 
 
@@ -209,7 +210,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Classify texts with a model of the service."""
-    texts = text or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    texts = text or [line for line in re.split(r"\r?\n", standard_input()) if line.strip()]
     found = Client(address, read_key(key_file)).finish_json(exchanges.labels(model, texts))
     lines = [
         f"{label['label']} ({label['score']:.0%})  {line}" for line, label in zip(texts, found["results"], strict=True)
@@ -241,7 +242,7 @@ def complete(
     as_json: Json = False,
 ) -> None:
     """Continue prompts with a language model of the service, and print the text while it is generated."""
-    client, prompts = Client(address, read_key(key_file)), prompt or [sys.stdin.read()]
+    client, prompts = Client(address, read_key(key_file)), prompt or [standard_input()]
     options = {
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop": stop or None, "seed": seed,
     }  # fmt: skip
@@ -312,15 +313,15 @@ def main() -> None:
 
     The exit code is 2 for an invalid job, and 1 for any other ``ChainFedError``.
     """
+    terminal = in_utf8_mode()
     # No process below imports modules from the folder in which the command was given.
     os.environ["PYTHONSAFEPATH"] = "1"
     keep_model_list()
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.__stdout__, sys.__stderr__):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # on an ASCII terminal a dash becomes a question mark, and nothing else is lost
+            # On an ASCII terminal a dash becomes a question mark, and nothing else is lost.
+            stream.reconfigure(encoding=terminal, errors="replace")
     try:
         app()
     except InvalidJob as error:

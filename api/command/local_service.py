@@ -6,6 +6,7 @@ what watches must outlive what it watches. Nothing is lost with it: jobs continu
 
 import fcntl
 import multiprocessing
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
 from chainfed_ray.activity import Activity, Listener, no_listener
-from chainfed_ray.api.command.service_process import READY_SECONDS, STOP, Ready, address_of, run
+from chainfed_ray.api.command.service_process import READY_SECONDS, STOP, RayAnswered, Ready, address_of, run
 from chainfed_ray.api.operator.open_ports import SERVICE_OF
 from chainfed_ray.api.serve.haproxy import environment as haproxy
 from chainfed_ray.cluster.access.keys import KeyStore
@@ -181,6 +182,8 @@ class LocalService:
             # Draining gives load balancers time to notice that a machine stops. Here there is only one machine.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a lost HAProxy is noticed by the third check
+            # A replica that hangs is given no time to answer whom it has: it does not hear that it is to end.
+            "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
             # Two services on one machine must not use the same ports. HAProxy opens two more ports of its own. The proxy behind
             # it opens its port shared: with the same port, the kernel would hand one service's requests to the other.
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port("0.0.0.0")),
@@ -190,17 +193,33 @@ class LocalService:
 
     def _wait_for_failure(self) -> str:
         """Watch the service, and tell what has failed."""
-        answered = monotonic()
+        looked = answered = heard = monotonic()
         assert self._process, "it was started"
         while not wait([self._process.sentinel], _LOOK_SECONDS):
+            if monotonic() - looked > _PATIENCE_SECONDS:  # this process was stopped meanwhile, or the machine was
+                answered = heard = monotonic()
+            looked = monotonic()
             for name, process in self._core.items():
                 if not _runs(process):
                     return f"Ray's {name} has ended"
+            for said in self._said_of_ray():
+                if not said.hears_of_machine:
+                    return "Ray's raylet does not answer Ray's GCS"
+                heard = monotonic()
+            if monotonic() - heard > _PATIENCE_SECONDS:
+                return f"Ray has not answered for {format_seconds(monotonic() - heard)}"
             if self._answers():
                 answered = monotonic()
             elif monotonic() - answered > _PATIENCE_SECONDS:
                 return f"it has not answered for {format_seconds(monotonic() - answered)}"
         return "its process has ended"
+
+    def _said_of_ray(self) -> Iterator[RayAnswered]:
+        """What the service has said of Ray since it was asked last."""
+        with suppress(EOFError, OSError):  # it has ended
+            while self._owned.poll():
+                if isinstance(said := self._owned.recv(), RayAnswered):
+                    yield said
 
     def _answers(self) -> bool:
         try:
@@ -228,12 +247,13 @@ class LocalService:
 
     def _end(self) -> None:
         """Kill every process of the service."""
-        self._core = {}
+        self._core, session = {}, None
         if self._process:
+            session = self._process.pid
             self._process.kill()
             self._process.join()
             self._owned.close()
-        _end_left_overs(self._settings)
+        _end_left_overs(self._settings, session)
 
 
 def free_port(host: str) -> int:
@@ -263,23 +283,26 @@ def _alone(settings: Settings) -> Iterator[None]:
         yield
 
 
-def _end_left_overs(settings: Settings) -> None:
+def _end_left_overs(settings: Settings, session: int | None = None) -> None:
     """Kill the processes of this storage's service, which may have lost those that started them.
 
-    We hold the storage's lock, so no other service of this storage runs: they are ours, or those of an earlier one.
+    We hold the storage's lock, so no other service of this storage runs: they are ours, or those of an earlier one. Of ours
+    the ``session`` is known. Ray's agents write their titles over the variables by which others are known.
     """
-    while found := [process for process in psutil.process_iter() if _is_of(process, settings)]:
+    while found := [process for process in psutil.process_iter() if _is_of(process, settings, session)]:
         for process in found:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(found, _STOP_SECONDS)
 
 
-def _is_of(process: psutil.Process, settings: Settings) -> bool:
-    """Whether a process was started by a service of this storage."""
+def _is_of(process: psutil.Process, settings: Settings, session: int | None) -> bool:
+    """Whether a process runs that was started by a service of this storage."""
     try:
+        if session is not None and os.getsid(process.pid) == session:
+            return _runs(process)
         return process.environ().get(SERVICE_OF) == str(settings.storage.root)
-    except psutil.Error:  # it has ended, or belongs to another user
+    except (psutil.Error, ProcessLookupError):  # it has ended, or belongs to another user
         return False
 
 

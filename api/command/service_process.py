@@ -30,6 +30,7 @@ from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted
 
 READY_SECONDS = 240.0  # an idle machine needs 20 s; one that is busy with other work needs far longer
 _POLL_SECONDS = 0.2
+_ASK_SECONDS = 5.0  # between two questions to Ray
 _NAME = "chainfed"  # of the application on Ray Serve
 _MOST_JOBS = 1000  # at work
 _CORE = ("gcs_server", "raylet")  # Ray's processes that nothing makes again
@@ -41,6 +42,13 @@ class Ready:
     """The service answers. ``core`` has the ids of the processes of Ray without which it ends, by their names."""
 
     core: dict[str, int]
+
+
+@dataclass(frozen=True)
+class RayAnswered:
+    """Ray has answered, and said whether it hears of its machine, whose raylet is a process of its own."""
+
+    hears_of_machine: bool
 
 
 STOP = "stop"  # what the owner sends to end the service in order
@@ -62,7 +70,10 @@ def run(settings: Settings, environment: dict[str, str], host: str, port: int, o
                 _start(settings, host, port, address, owner.send)
                 children = psutil.Process().children()
                 owner.send(Ready({child.name(): child.pid for child in children if child.name() in _CORE}))
+                asking = Thread(target=_ask_ray, args=(owner, stop), daemon=True)
+                asking.start()
                 stop.wait()
+                asking.join(_ASK_SECONDS)  # or it would ask a Ray that is being stopped
                 _drain(settings)
             finally:
                 serve.shutdown()  # type: ignore[no-untyped-call]
@@ -72,6 +83,20 @@ def run(settings: Settings, environment: dict[str, str], host: str, port: int, o
     except Exception as error:  # whatever it is, another try may do: a port was taken, the machine was busy
         logging.getLogger(__name__).exception("the service did not start")
         owner.send(ServiceNotStarted(address, _brief(error)))
+
+
+def _ask_ray(owner: "Connection[Any, Any]", stop: Event) -> None:
+    """Tell the owner again and again that Ray answers. Where a process of Ray's hangs and does not end, no answer comes."""
+    import ray
+    from ray import serve
+
+    while not stop.wait(_ASK_SECONDS):
+        with suppress(Exception):  # Ray's own time for an answer is over, or the owner is gone
+            machines: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+            is_whole = all(machine["Alive"] for machine in machines)
+            if is_whole:
+                serve.status()  # of Serve's controller
+            owner.send(RayAnswered(is_whole))
 
 
 def _drain(settings: Settings) -> None:

@@ -1,6 +1,6 @@
 """Draws a job's plots if matplotlib is installed. It is an optional extra, and a job never fails without it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +27,15 @@ def draw_if_possible(
     except Exception as error:  # the disk may be full, and matplotlib has errors of its own
         return [], f"No plots were drawn in {folder}: {error}"
     return plots, f"{len(plots)} plots are in {folder}."
+
+
+def write_if_possible(file: Path, draw: Callable[[], bytes]) -> str:
+    """Write what ``draw`` gives into ``file``; return a sentence about it. The answer that it is of is told without it."""
+    try:
+        file.write_bytes(draw())
+    except Exception as error:  # as above
+        return f"No picture was written to {file}: {error}"
+    return f"The picture is in {file}."
 
 
 def check_drawing() -> None:

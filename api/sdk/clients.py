@@ -226,10 +226,15 @@ def _timeout(seconds: float | None) -> httpx.Timeout:
 def _json(address: str, call: Call[Any], response: httpx.Response) -> Any:
     if response.is_error and response.status_code != call.also:
         raise error_of(address, response, call.about)
+    if not response.content:
+        return None
     try:
-        return json.loads(response.content) if response.content else None
+        answer = json.loads(response.content)
     except ValueError:
-        raise _of_others(address, f"its answer {response.status_code} to {call.method} {call.path}") from None
+        answer = None
+    if not isinstance(answer, dict):
+        raise _of_others(address, f"its answer {response.status_code} to {call.method} {call.path}")
+    return answer
 
 
 def _status(address: str, step: Open, response: httpx.Response) -> Opened:

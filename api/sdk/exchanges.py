@@ -262,8 +262,10 @@ def _texts(model: str, body: Json) -> Steps:
     opened: Opened = yield Open("/v1/completions", model, body=body, seconds=None)  # a long text may take any time
     if opened.error:
         raise opened.error
-    while (line := (yield Next())) is not None:
-        if not line.startswith("data: ") or line == "data: [DONE]":
+    while (line := (yield Next())) != "data: [DONE]":
+        if line is None:
+            raise ServiceUnavailable(opened.address, "its answer ended before it was whole")
+        if not line.startswith("data: "):
             continue
         chunk = json.loads(line.removeprefix("data: "))
         if "error" in chunk:

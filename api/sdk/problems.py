@@ -1,6 +1,7 @@
 """What the service's answers mean that are errors: the same exceptions that the service itself raises."""
 
 import re
+from typing import Any
 
 import httpx
 
@@ -19,17 +20,25 @@ from chainfed_ray.errors import (
 )
 from chainfed_ray.problem import Problem
 
+_OURS = "urn:chainfed:problem:"
 _CONFLICT = re.compile(r"job (\S+) is (\S+); it cannot (.+)")
 
 
 def error_of(address: str, response: httpx.Response, about: str) -> ChainFedError:
     """The error that a ``response`` of the service at ``address`` means. The request was ``about`` a job, a model or a file."""
     try:
-        problem = response.json()
-        kind = str(problem["type"]).rpartition(":")[2]
-    except (ValueError, KeyError, TypeError):
+        return _error_of(address, response.json(), about)
+    except Exception:  # another program answers, with whatever it answers
         return ServiceUnavailable(address, f"its answer {response.status_code} is not one of chainfed")
-    match kind:
+
+
+def _error_of(address: str, problem: dict[str, Any], about: str) -> ChainFedError:
+    """The error that problem details mean.
+
+    Raises:
+        Exception: they are none of ours.
+    """
+    match problem["type"].removeprefix(_OURS):
         case "invalid-job" | "invalid-request":
             return InvalidJob(tuple(Problem.from_document(found) for found in problem["errors"]))
         case "job-not-found":
@@ -47,4 +56,6 @@ def error_of(address: str, response: httpx.Response, about: str) -> ChainFedErro
             return UploadConflict(about, problem["detail"].partition(": ")[2])
         case "key-missing" | "key-invalid" | "scope-missing":
             return AccessDenied(address, problem["detail"])
+    if not problem["type"].startswith(_OURS):
+        raise ValueError("another program's")
     return ServiceFailed(address, problem["detail"], problem["request_id"])

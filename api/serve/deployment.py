@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
+from threading import Thread
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,7 +22,7 @@ from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
 from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.files.uploads import UploadStore
-from chainfed_ray.cluster.jobs.coordinators import ensure_controller
+from chainfed_ray.cluster.jobs.coordinators import ensure_controller, keep_controller_answering
 from chainfed_ray.cluster.jobs.preflight import Preflight
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.local_ray import hear_at_own_address
@@ -75,6 +76,7 @@ class Api:
         )
         self._preflight.prepare()
         ensure_controller(settings)
+        Thread(target=keep_controller_answering, daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         parts = {"database": self._database, "storage": self._storage, "controller": self._controller}

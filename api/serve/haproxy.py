@@ -26,6 +26,7 @@ _DETAILS = {
     HTTPStatus.REQUEST_TIMEOUT: (
         f"the head of the request did not arrive within {_HEAD_SECONDS} s, or its body within {_BODY_SECONDS} s"
     ),
+    HTTPStatus.INTERNAL_SERVER_ERROR: "the service failed before it could say why; its log may have more",
     HTTPStatus.BAD_GATEWAY: "the process that was to answer has ended; whether the request was carried out is not known",
     HTTPStatus.SERVICE_UNAVAILABLE: "the service is starting; send the request again in a moment",
     HTTPStatus.GATEWAY_TIMEOUT: "the process that was to answer did not answer in time",
@@ -57,6 +58,22 @@ _CHANGES = (
         r"^frontend http_frontend$",
         r"\g<0>\n    http-response return status 503 default-errorfiles "
         r"if { status 404 } { res.hdr(content-type) -m beg text/plain }",
+        0,
+    ),
+    # What the server below our API answers by itself, to headers that are none, is in plain text. Ours never is.
+    *(
+        (
+            r"^frontend http_frontend$",
+            rf"\g<0>\n    http-response return status {status} default-errorfiles "
+            rf"if {{ status {status} }} {{ res.hdr(content-type) -m beg text/plain }}",
+            0,
+        )
+        for status in (400, 500)
+    ),
+    # Serve itself reads this one, and fails at bytes that are no text. The API makes another id in its place.
+    (
+        r"^frontend http_frontend$",
+        r"\g<0>\n    http-request del-header x-request-id if { req.fhdr(x-request-id) -m reg [^A-Za-z0-9_.:-] }",
         0,
     ),
     (r"^( *stats socket .*) mode 666 ", r"\1 mode 600 ", 0),

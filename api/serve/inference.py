@@ -33,6 +33,7 @@ _ROUTER: Any = {"request_router_class": "chainfed_ray.api.serve.stack_router:Sta
     max_ongoing_requests=64,
     max_queued_requests=256,  # a request may ask for 128 texts
     health_check_period_s=1,
+    health_check_timeout_s=10,  # as of the API: one that hangs is noticed after three of them
     request_router_config=RequestRouterConfig(**_ROUTER),
 )
 class Inference:

@@ -1,7 +1,6 @@
 """Runs a client's turn in this process: measures its memory, holds it to the client's budget, and frees it afterwards."""
 
 import gc
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +30,7 @@ from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.cap import MemoryCap
 from chainfed_ray.device.peak import PeakMemory
+from chainfed_ray.device.removal import temporary_folder
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
@@ -90,8 +90,8 @@ def warm_up(base: ModelSource) -> None:
     That memory belongs to the process, and must not count against the first client's budget. The turn streams weights and
     offloads activations, so warming up itself needs little memory: some 30 MiB for the libraries' buffers.
     """
-    with PeakMemory(), one_thread(), tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
-        _train_on_a_few_tokens(base, Path(folder))
+    with PeakMemory(), one_thread(), temporary_folder("chainfed-") as folder:
+        _train_on_a_few_tokens(base, folder)
         _fill_library_buffers(base.dtype)
     # Objects that exist now stay for the life of the process. Frozen, they need not be looked at by the collection before each
     # turn, which would take a fifth of a second.

@@ -83,10 +83,12 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) 
     Turns without words have no span.
 
     Raises:
-        InvalidJob: the template does not accept the chat, which ``field`` names, or does not write each turn at one place.
+        InvalidJob: the template does not accept the chat, which ``field`` names, leaves out a part of it, or does not write
+            each turn at one place.
     """
     whole = apply_template(tokenizer, chat, add_generation_prompt=False, field=field)
-    mark = next(character for character in map(chr, _PRIVATE_USE) if character not in whole)
+    mark = _mark_for(whole)
+    check_written(tokenizer, chat, whole, add_generation_prompt=False, field=field)
     turns = []
     for place, message in enumerate(chat):
         role, content = message.role, message.content
@@ -99,6 +101,38 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, chat: Chat, field: str) 
                 raise InvalidJob.at(field, f"{role}: {content[:40]}", expected)
             turns.append(turn)
     return whole, turns
+
+
+def check_written(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, whole: str, add_generation_prompt: bool, field: str
+) -> None:
+    """Check that ``whole``, which the template has made of ``chat``, has all of it: many leave out roles that they do not know.
+
+    The template may write a content in another form. So what counts is whether it writes a mark in the content's place.
+
+    Raises:
+        InvalidJob: a message or its calls of tools are left out.
+    """
+    mark = _mark_for(whole)
+    for place, message in enumerate(chat):
+
+        def instead(other: Message, place: int = place) -> str | None:
+            return _accepted(tokenizer, (*chat[:place], other, *chat[place + 1 :]), add_generation_prompt)
+
+        content, lost = message.content.strip(), None
+        if content and content not in whole:
+            found = instead(message._replace(content=mark))
+            lost = "the content" if found is not None and mark not in found else None
+        if message.tool_calls is not None and instead(message._replace(tool_calls=None)) == whole:
+            lost = lost or "the tool_calls"
+        if lost:
+            expected = f"chats that the template writes whole; it leaves out {lost} of message {place + 1}"
+            raise InvalidJob.at(field, f"{message.role}: {message.content[:40]}", expected)
+
+
+def _mark_for(whole: str) -> str:
+    """A character that a text does not contain."""
+    return next(character for character in map(chr, _PRIVATE_USE) if character not in whole)
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, chat: Chat, place: int, whole: str, mark: str) -> tuple[int, int] | None:

@@ -24,6 +24,8 @@ _NOT_READ = (
     "images",
     "videos",
 )
+# What programs call it that a message is learnt, or is not: each is 0 or 1, or a truth value.
+_LEARNT = {"weight": True, "loss": True, "train": True, "training": True, "masked": False}
 
 
 def chat(cell: Any, column: str, where: str) -> Chat:
@@ -31,7 +33,8 @@ def chat(cell: Any, column: str, where: str) -> Chat:
 
     A message is an object with ``role`` and ``content`` (a text or a list of text parts), as OpenAI has it, with
     ``tool_calls``, ``tool_call_id``, ``name`` and a ``weight`` of 0 or 1 if it has some; or one with ``from`` and ``value``, as
-    ShareGPT has it. The chat is empty if no assistant speaks. ``where`` names the row in errors.
+    ShareGPT has it. Others call the weight ``loss``, ``train``, ``training`` or ``masked``. The chat is empty if no assistant
+    speaks. ``where`` names the row in errors.
 
     Raises:
         InvalidJob: the cell holds no list of such messages; the error names the first message that is none.
@@ -65,17 +68,21 @@ def _message(item: Any) -> Message:
     if calls and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
         raise ValueError("a message whose tool_calls are a list of objects")
     content = _either(item, "content", "value")
-    weight = item.get("weight")
-    if weight is not None and weight not in (0, 1):
-        raise ValueError("a message whose weight is 0 or 1")
     return Message(
         role=_ROLES.get(role, role),
         content="" if content is None and calls else _content(content),
-        learnt=weight is None or bool(weight),
+        learnt=_is_learnt(item),
         tool_calls=_as_json(calls) if calls else None,
         name=_name(item, "name"),
         tool_call_id=_name(item, "tool_call_id"),
     )
+
+
+def _is_learnt(item: Mapping[Any, Any]) -> bool:
+    said = {key: item[key] for key in _LEARNT if item.get(key) is not None}
+    if wrong := [key for key, value in said.items() if value not in (0, 1)]:
+        raise ValueError(f"a message whose {wrong[0]} is 0 or 1")
+    return all(bool(value) == _LEARNT[key] for key, value in said.items())
 
 
 def _either(item: Mapping[Any, Any], key: str, other: str) -> Any:

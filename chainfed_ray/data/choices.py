@@ -23,6 +23,7 @@ from chainfed_ray.errors import InvalidJob
 from chainfed_ray.problem import some_of
 
 _KEY = "evaluation.choices"
+_MOST_DIGITS = 9  # of an answer's place: with so many it is beyond all choices, and Python reads no number of thousands
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _answer_index(answer: Any, choices: list[str]) -> int | None:
         if answer in choices:
             return choices.index(answer)
         if answer.isdecimal():
-            answer = int(answer)
+            answer = int(answer[:_MOST_DIGITS])
         else:
             answer = ascii_uppercase.index(answer) if len(answer) == 1 and answer in ascii_uppercase else -1
     if isinstance(answer, float) and answer.is_integer():

@@ -1,7 +1,8 @@
 """Reads a job's rows and tokenises them, with labels for a classifier or targets for a language model."""
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from chainfed_ray.activity import SILENT, Listener, Reporter, no_listener
 from chainfed_ray.data.chat_template import broken_template
 from chainfed_ray.data.choices import Choices, read_choices
-from chainfed_ray.data.sources import ColumnSelection, Corpus, Split, check_labels, hold_out, load, read_split
+from chainfed_ray.data.sources import ColumnSelection, Corpus, Split, check_labels, hold_out, load, read_split, said_in
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples, tokenize
-from chainfed_ray.errors import InvalidJob
+from chainfed_ray.errors import ChainFedError, InvalidJob
+from chainfed_ray.hub import first_line
+from chainfed_ray.problem import Problem
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import DataSpec
@@ -69,6 +72,30 @@ def examples_of(
         InvalidJob: the rows cannot be read, or they have too little to learn from.
     """
     Reporter("reading the data", listen).begin()
+    with about_the_rows(spec.data):
+        return _examples_of(spec, tokenizer, listen, elsewhere)
+
+
+@contextmanager
+def about_the_rows(data: DataSpec) -> Iterator[None]:
+    """Say of whatever goes wrong in the block that it is about the rows of ``data``: they are the user's, and may be anything.
+
+    Raises:
+        InvalidJob: with the cause in words.
+        MemoryError: there is not enough memory for them.
+    """
+    try:
+        yield
+    except (ChainFedError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InvalidJob.at("data.train", data.train, f"rows that can be used ({reason})") from None
+
+
+def _examples_of(
+    spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener, elsewhere: Collection[str] | None
+) -> JobExamples:
     if spec.model.task == "causal-lm":
         return _of_language(spec, tokenizer, listen)
     corpus = _load(spec, classes=True, elsewhere=elsewhere)
@@ -110,6 +137,24 @@ def splits_of_site(spec: JobSpec, rows: Split) -> SiteSplits:
     first, left = hold_out(left, tenth, rows.labels)
     second, left = hold_out(left, tenth, rows.labels)
     return SiteSplits(*(rows.take(np.sort(part)) for part in (left, first, second)))
+
+
+def spelled_out(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, token: int) -> Problem | None:
+    """What is wrong with the first row that spells out a ``token`` which the model has not; None if no row does.
+
+    Some tokenizers have tokens beside their vocabulary that their models have not. One of the vocabulary itself is not the
+    row's fault: the tokenizer is another model's.
+    """
+    if token not in tokenizer.added_tokens_decoder:
+        return None
+    word = str(tokenizer.convert_ids_to_tokens(token))
+    for name, split in corpus.splits:
+        own: str | None = {"train": spec.train, "validation": spec.validation, "test": spec.test}[name]
+        for number, text in zip(split.numbers, split.texts, strict=False):
+            if any(word in said for said in said_in(text)):
+                expected = f"rows without this token, which the model has not; row {number} has it"
+                return Problem("data.train" if own is None else f"data.{name}", word, expected)
+    return None
 
 
 def most_held_out(spec: JobSpec, counts: ExampleCounts) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from chainfed_ray.data import docstrings
-from chainfed_ray.data.cells import labels, texts
+from chainfed_ray.data.cells import as_list, labels, texts
 from chainfed_ray.data.chats import chat
 from chainfed_ray.data.messages import Message
-from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path, read_upload
+from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path, read_upload, shown
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import hub_is_reachable
 from chainfed_ray.problem import some_of
@@ -23,6 +23,8 @@ _FORMS = "builtin:docstrings, path:<file or folder>, upload:<id> or hf:<dataset>
 _IN_ROOTS = "a file or folder in one of CHAINFED_DATA_ROOTS, the folders whose data a job of this service may read"
 _FEWEST = 10
 _ANY_CLASSES = ("one", "other")
+# Columns that belong to the chats beside them, and are not read. To leave them out would teach something else.
+_OF_CHATS = ("tools", "functions", "system")
 
 
 _MOST_CHARACTERS = 10_000_000  # of a row: a tokenizer takes 12 bytes of memory for each, also if most are cut off
@@ -196,15 +198,30 @@ def read_split(field: str, source: str, split: str, selection: ColumnSelection) 
     Raises:
         InvalidJob: the source cannot be read, or it has no rows, or they lack a column or a value.
     """
-    table = read_table(field, source, split, {name for _, name in selection.columns})
+    wanted = {name for _, name in selection.columns}
+    beside = set(_OF_CHATS) - wanted if selection.texts[0][0] == "data.messages" else set()
+    table = read_table(field, source, split, wanted | beside)
     for key, name in selection.columns:
         if name not in table.columns:
             raise InvalidJob.at(key, name, f"a column of {source}: {some_of(table.names)}")
+    for name in sorted(beside & table.columns.keys()):
+        _check_empty(table, name, selection.texts[0][1], source)
     named, groups = (
         _filled(labels(table, key, column, source), key, column, source) if column is not None else ()
         for key, column in (("data.label", selection.label), ("fleet.partition.column", selection.group))
     )
     return Split(_texts(table, selection, source), named, groups, range(1, len(table) + 1))
+
+
+def _check_empty(table: Table, beside: str, column: str, source: str) -> None:
+    """Check that no row has anything in the column ``beside`` that of the chats."""
+    for row, cell in enumerate(table.columns[beside], start=1):
+        said = as_list(cell) if isinstance(cell, str) and as_list(cell) is not None else cell
+        if said and not (isinstance(said, str) and not said.strip()):
+            expected = (
+                f"chats without {beside} beside them, which are not read; row {row} of {source} has {shown(cell)}"
+            )
+            raise InvalidJob.at("data.messages", column, expected)
 
 
 def _filled(values: Sequence[str | None], key: str, column: str, source: str) -> tuple[str, ...]:
@@ -219,17 +236,17 @@ def _texts(table: Table, selection: ColumnSelection, source: str) -> tuple[Text,
     found = _any_texts(table, selection, source)
     key, first = selection.texts[0]
     for row, text in enumerate(found, start=1):
-        if (length := _characters(text)) > _MOST_CHARACTERS:
+        if (length := sum(map(len, said_in(text)))) > _MOST_CHARACTERS:
             expected = f"texts of at most {_MOST_CHARACTERS:,} characters; row {row} of {source} has {length:,}"
             raise InvalidJob.at(key, first, expected)
     return found
 
 
-def _characters(text: Text) -> int:
-    """The number of characters of a text, of a prompt and its response, or of what the messages of a chat say."""
+def said_in(text: Text) -> list[str]:
+    """A text, a prompt and its response, or what the messages of a chat say."""
     if isinstance(text, str):
-        return len(text)
-    return sum(len(part) if isinstance(part, str) else len(part.content) for part in text)
+        return [text]
+    return [part if isinstance(part, str) else part.content for part in text]
 
 
 def _any_texts(table: Table, selection: ColumnSelection, source: str) -> tuple[Text, ...]:

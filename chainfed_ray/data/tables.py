@@ -77,7 +77,12 @@ def read_path(path: Path, wanted: Collection[str] | None = None) -> Table:
         raise ValueError("a file or folder, and no pipe or device")
     if not path.is_dir():
         return _read(path, wanted)
-    files = sorted(file for file in _files_in(path) if _form(file) is not None)
+    everything = sorted(_files_in(path))
+    if any(file.suffix == ".arrow" for file in everything):
+        raise ValueError(
+            "files of rows, as Dataset.to_parquet writes one; this folder has Arrow files, of save_to_disk"
+        )
+    files = [file for file in everything if _form(file) is not None]
     forms = {_form(file) for file in files}
     if len(forms) != 1:
         raise ValueError(f"a folder of files of one form; it has {', '.join(sorted(map(str, forms))) or 'none'}")
@@ -133,7 +138,10 @@ def from_arrow(table: pa.Table, wanted: Collection[str] | None = None) -> Table:
     columns: dict[str, Sequence[Any]] = {}
     for name in table.column_names:
         if wanted is None or name in wanted:
-            cells = _cells(table.column(name))
+            try:
+                cells = _cells(table.column(name))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"texts in UTF-8; those of the column {name} are not ({error.reason})") from None
             if name in classes:
                 names = classes[name]
                 if (twice := first_repeated(names)) is not None:
@@ -144,12 +152,21 @@ def from_arrow(table: pa.Table, wanted: Collection[str] | None = None) -> Table:
 
 
 def _cells(column: pa.ChunkedArray) -> list[Any]:
-    """The values of a column. Numbers of fewer bits than Python's keep the few digits that they have."""
+    """The values of a column. Numbers of fewer bits than Python's keep the few digits that they have.
+
+    Arrow gives all objects of a column the keys of each other, with nothing where one has no such key: those are left out.
+    """
     if pa.types.is_float16(column.type) or pa.types.is_float32(column.type):
         written = column.cast(pa.string()).to_pylist()
         return [None if cell is None else Number(_with_point(cell)) for cell in written]
-    cells: list[Any] = column.to_pylist()
-    return cells
+    cells: list[Any] = column.to_pylist(maps_as_pydicts="strict")
+    return list(map(_with_own_keys, cells)) if pa.types.is_nested(column.type) else cells
+
+
+def _with_own_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_own_keys(each) for key, each in value.items() if each is not None}
+    return [_with_own_keys(each) for each in value] if isinstance(value, list) else value
 
 
 def _with_point(written: str) -> str:
@@ -181,6 +198,8 @@ def _read_as(form: str, path: Path, packed: bool, wanted: Collection[str] | None
         mark = raw.read(4)
         if mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
             raise ValueError("text in UTF-8; this file is UTF-32")
+        if b"\0" in mark[:2]:
+            raise ValueError("text in UTF-8; this file is in UTF-16 without a byte order mark, or it is no text")
         encoding = "utf-16" if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
         raw.seek(0)
         with io.TextIOWrapper(cast(IO[bytes], raw), encoding=encoding, newline="") as text:
@@ -256,18 +275,18 @@ _NAMES = {",": "comma", "\t": "tab"}
 
 def _json(text: TextIO, wanted: Collection[str] | None) -> Table:
     """JSON: an object on each line, or one array of objects."""
-    begin = text.read(1)
-    while begin.isspace():
-        begin = text.read(1)
+    before = ""
+    while (begin := text.read(1)).isspace():
+        before += begin
     if begin == "[":
         return _rows(enumerate(_parsed("[" + text.read(), "the array"), start=1), wanted)
-    return _rows(_lines(text, begin), wanted)
+    return _rows(_lines(text, begin, len((before + begin).splitlines()) - 1), wanted)
 
 
-def _lines(text: TextIO, begin: str) -> Iterator[tuple[int, Any]]:
-    """The number and the value of each row; ``begin`` is what was read of the first line already."""
-    for number, line in enumerate(text, start=1):
-        line = begin + line if number == 1 else line
+def _lines(text: TextIO, begin: str, before: int) -> Iterator[tuple[int, Any]]:
+    """The number and the value of each row. Of its line ``begin`` was read already, and ``before`` it so many empty ones."""
+    for number, line in enumerate(text, start=before + 1):
+        line = begin + line if number == before + 1 else line
         if line.strip():
             yield number, _parsed(line, f"line {number}")
 

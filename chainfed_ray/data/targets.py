@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainfed_ray.activity import SILENT, Reporter
-from chainfed_ray.data.chat_template import apply_template, assistant_spans
+from chainfed_ray.data.chat_template import apply_template, assistant_spans, check_written
 from chainfed_ray.data.messages import Chat
 from chainfed_ray.data.sources import Text
 from chainfed_ray.data.tokens import Examples, ragged
@@ -115,9 +115,10 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, add_generation_prom
     ``add_generation_prompt`` opens an assistant's turn at the end. ``field`` names the chat in errors.
 
     Raises:
-        InvalidJob: the template does not accept the chat.
+        InvalidJob: the template does not accept the chat, or leaves out a part of it.
     """
     text = apply_template(tokenizer, chat, add_generation_prompt, field)
+    check_written(tokenizer, chat, text, add_generation_prompt, field)
     encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)
     return list(encoded["input_ids"])
 

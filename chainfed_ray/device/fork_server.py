@@ -25,6 +25,7 @@ from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.device.start_forked import EXIT_CODE, LENGTH, STARTED, is_own, received
 
 _IDLE_SECONDS = 60.0
+_STOPPED = 5  # times as long may a process be stopped, until it is ended: it hears nothing, and Ray takes it for gone
 _ASK_SECONDS = 5.0  # how long a request that has begun may take to arrive
 
 
@@ -78,6 +79,7 @@ def serve(listener: socket.socket, owner: int, idle_seconds: float = _IDLE_SECON
     except ProcessLookupError:
         return None
     children: list[_Child] = []
+    stopped: dict[int, float] = {}  # when a process was first seen so
     last = monotonic()
     while True:
         watched = select.poll()
@@ -89,6 +91,11 @@ def serve(listener: socket.socket, owner: int, idle_seconds: float = _IDLE_SECON
             if child not in left:
                 _tell_end(child)
         children = [_without_asker(child) if ready & set(child.descriptors()) else child for child in left]
+        now = monotonic()
+        stopped = {child.pid: stopped.get(child.pid, now) for child in children if _is_stopped(child.pid)}
+        for hung, since in stopped.items():
+            if now - since > _STOPPED * idle_seconds:
+                os.kill(hung, signal.SIGKILL)
         if owned in ready:
             return None
         if listener.fileno() in ready:
@@ -178,6 +185,13 @@ def _without_asker(child: _Child) -> _Child:
     if child.asker:
         child.asker.close()
     return replace(child, asker=None)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal, and not yet told to go on."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def _leave(listener: socket.socket, owned: int, asker: socket.socket, children: list[_Child]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chainfed_ray.cache_folder import writing
 from chainfed_ray.errors import CorruptCommit, InvalidJob
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def hand_over(folder: Path, out: Path, form: str) -> list[str]:
         CorruptCommit: the record of the job beside ``folder`` cannot be read.
         PackageMissing: the format needs a package that is not installed.
         UnsupportedModel: the base model cannot be written in this format.
+        OSError: the disk is full, or ``out`` cannot be made there. It names ``out``.
     """
     if form not in ("peft", "transformers", "onnx"):
         raise InvalidJob.at("format", form, "peft, transformers or onnx")
@@ -35,13 +37,17 @@ def hand_over(folder: Path, out: Path, form: str) -> list[str]:
     partial = whole.with_name(f"{whole.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
-        write(saved, partial)
+        with writing():
+            write(saved, partial)
         (partial / "README.md").write_text(model_card(saved, form, folder), encoding="utf-8")
         if whole.exists():  # a folder that is somebody's current one, or a disk's, stays the one that it is
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "README.md"):
                 path.rename(whole / path.name)
         else:
             partial.rename(whole)
+    except OSError as error:
+        error.filename = error.filename or str(out)  # that of a write to a full disk names none
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return sorted(path.name for path in whole.iterdir())

@@ -4,8 +4,6 @@
 when they are used. A layer is then run by itself, with the call that the model's own forward would make.
 """
 
-import logging
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
@@ -21,7 +19,6 @@ from chainfed_ray.budget.kept_profiles import pass_once
 from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.logit_form import LogitForm, form_of
 from chainfed_ray.model.trunk import TOKENS_FIRST, LayerCall, Trunk, on_meta
-from chainfed_ray.problem import some_of
 from chainfed_ray.streaming.blank_model import copy_of
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.dequantize import dequantizing_bytes
@@ -36,17 +33,8 @@ from chainfed_ray.streaming.matrices import (
     stream_matrices,
 )
 from chainfed_ray.streaming.numbers import check_numbers
+from chainfed_ray.streaming.stored_names import check_left_out
 from chainfed_ray.streaming.unchanged import while_unchanged
-
-_log = logging.getLogger(__name__)
-# What is ordinary to be left out: heads that predict tokens or the next sentence, poolers, and what is computed anyway.
-_ORDINARY = re.compile(
-    r"(^|\.)(lm_head|lm_loss|cls|embed_out|vocab_\w+|predictions|lm_predictions|mask_predictions|pred_layer|seq_relationship"
-    r"|sop_classifier|generator_\w+|discriminator_predictions|final_logits_bias|pooler|mtp"
-    r"|position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias|rope_freqs)(\.|$)"
-    r"|^decoder\.bias$|^head\.(dense|norm)\."  # ModernBERT's
-)
-_ADAPTER = re.compile(r"(^|[._])(lora_[A-Z]|lora_embedding_[A-Z]|lora_magnitude_vector|ia3_l|prompt_embeddings)(\.|$)")
 
 
 class Blocks:
@@ -92,11 +80,11 @@ class Blocks:
         while_unchanged(self.folder, ("check", self.dtype), self._check)
 
     def _check(self) -> None:
+        check_left_out(self.folder, self._trunk.names.without_place, self.layers_path, self.num_layers)
         layers = [source for index in range(self.num_layers) for source in self._sources(index).values()]
         head = []
         with suppress(UnsupportedModel):  # a classifier needs none
             head = [self.language_head]
-        self._check_all_have_a_place()
         check_numbers(self._checkpoint, dict.fromkeys([*self._trunk.parameters, *layers, *head]))
         hidden, calls = self._trunk.try_texts()
         pass_once(self.folder, f"layers in {self.dtype}", lambda: self._try_layers(hidden, calls))
@@ -108,20 +96,6 @@ class Blocks:
                 self._try_layer(copy_of(self._trunk.layers[index]), hidden, call)
             with self._trunk.named_errors("has layers whose matrices cannot be streamed"):
                 self._try_layer(self._streamed(index, _BlankSlices(self._checkpoint, self.dtype)), hidden, call)
-
-    def _check_all_have_a_place(self) -> None:
-        """Say which tensors the model has no place for, apart from those that many folders have: they are left out.
-
-        Raises:
-            UnsupportedModel: they are an adapter's. Without it, the model would be another one than its owner means.
-        """
-        left_out = [name for name in self._trunk.names.without_place if not _ORDINARY.search(name)]
-        if adapters := [name for name in left_out if _ADAPTER.search(name)]:
-            reason = f"its checkpoint has tensors of an adapter, such as {adapters[0]}: merge it into the base first"
-            raise UnsupportedModel(str(self.folder), reason)
-        if left_out:
-            words = "the folder has %d tensors that this model has no place for: %s"
-            _log.warning(words, len(left_out), some_of(left_out))
 
     def _try_layer(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> None:
         found = self._trunk.run(layer.to("meta"), hidden.to("meta"), on_meta(call))

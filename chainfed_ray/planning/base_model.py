@@ -1,6 +1,6 @@
 """Checks a job against its base model, and traces the memory that the parts of a turn hold on it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from chainfed_ray.model.adapters import LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.source import ModelSource, check_generation
-from chainfed_ray.problem import some_of
+from chainfed_ray.problem import Problem, some_of
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import AdapterSpec, ChainSpec
 
@@ -35,11 +35,12 @@ def traced(
     source: ModelSource,
     classes: int | None,
     texts: Iterable[Examples],
+    spelled_out: Callable[[int], Problem | None],
     listen: Listener = no_listener,
 ) -> Traced:
     """Check the job and its ``texts`` against the base model, and trace the memory of the model's parts.
 
-    ``classes`` is C of a classifier's head; None for a language model.
+    ``classes`` is C of a classifier's head; None for a language model. ``spelled_out`` names the row that spells out a token.
 
     Raises:
         InvalidJob: the model cannot be streamed, or a key of the job does not fit it.
@@ -51,7 +52,7 @@ def traced(
         if causal:
             _check_head(spec.model.base, blocks)
             check_generation(source.folder)
-        check_texts(spec, blocks, texts)
+        check_texts(spec, blocks, texts, spelled_out)
         _check_chain(chain, spec.window(blocks.num_layers), blocks.num_layers)
         Reporter("tracing the memory of the model's parts", listen).begin()
         lora = _lora(chain.adapter, blocks, causal) if chain.adapter.kind == "lora" else None
@@ -85,10 +86,13 @@ def _check_head(base: str, blocks: Blocks) -> None:
         raise InvalidJob.at("model.base", base, f"a language model ({error.reason})") from None
 
 
-def check_texts(spec: JobSpec, blocks: Blocks, texts: Iterable[Examples]) -> None:
+def check_texts(
+    spec: JobSpec, blocks: Blocks, texts: Iterable[Examples], spelled_out: Callable[[int], Problem | None] | None = None
+) -> None:
     """Check that every token id has an embedding, and that the model can embed the longest text.
 
     The longest text is embedded for a try, since not every model has a table of positions that tells its limit.
+    ``spelled_out`` names the row that spells out a token, where the rows may be named.
 
     Raises:
         InvalidJob: the tokenizer, the text length or the model is unsuitable.
@@ -97,6 +101,8 @@ def check_texts(spec: JobSpec, blocks: Blocks, texts: Iterable[Examples]) -> Non
         if not len(examples):
             continue  # every client is at a site, which checks its own rows
         if (highest := int(examples.ids.max())) >= blocks.vocabulary:
+            if spelled_out and (problem := spelled_out(highest)):
+                raise InvalidJob((problem,))
             made_for = f"a tokenizer made for the model, which has {blocks.vocabulary} token ids"
             expected = f"{made_for}; this one gives {highest}, perhaps for a special token that a text has"
             raise InvalidJob.at("model.base", spec.model.base, expected)

@@ -4,11 +4,9 @@ duration.py adds them up over a job. The layers of a model are alike, so one of 
 is timed in parts: on more and more of its tokens until a part takes long enough, then the rest is extrapolated.
 """
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import perf_counter, process_time
 from typing import NamedTuple
 
@@ -21,6 +19,7 @@ from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples, ragged
 from chainfed_ray.device.peak import PeakMemory
+from chainfed_ray.device.removal import temporary_folder
 from chainfed_ray.device.threads import one_thread
 from chainfed_ray.evaluation.predictions import predict
 from chainfed_ray.model.adapters import AdapterStack
@@ -144,12 +143,12 @@ def _time_step(blocks: Blocks, client: Client, order: Training) -> Taken:
     """Time one optimizer step on all examples of ``client``, and loading its window. The prefix cache is made beforehand."""
     plan = replace(client.plan, micro_batch=len(client.examples), prefix=replace(client.plan.prefix, cached=True))
     client = replace(client, plan=plan)
-    with tempfile.TemporaryDirectory(prefix="chainfed-") as folder:
+    with temporary_folder("chainfed-") as folder:
         stack = AdapterStack.from_tensors(order.tensors)
         with matrix_reader(blocks, plan) as matrices:
-            window_inputs(client, blocks, Path(folder), stack, matrices, order.window)
+            window_inputs(client, blocks, folder, stack, matrices, order.window)
         step = replace(order, batch_size=len(client.examples))
-        return _time(lambda: train(client, blocks, Path(folder), step))
+        return _time(lambda: train(client, blocks, folder, step))
 
 
 def _random_batches(examples: Examples, order: Training, size: int) -> Iterator[np.ndarray]:

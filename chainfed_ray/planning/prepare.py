@@ -5,6 +5,7 @@ A job that cannot run is refused here, before anything starts.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from chainfed_ray.chain import Chain
 from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client
 from chainfed_ray.data.choices import Choices
-from chainfed_ray.data.examples import examples_of
+from chainfed_ray.data.examples import examples_of, spelled_out
 from chainfed_ray.data.partition import PartitionRule, shares_of
 from chainfed_ray.data.targets import packed
 from chainfed_ray.data.tokens import Examples
@@ -167,12 +168,14 @@ def plan_job(
 
     # 2. Read the rows, and turn them into tokens.
     elsewhere = None if unasked else classes_at_sites(spec.fleet, surveys)
-    examples = examples_of(spec, tokenizer(spec.model.base, base.folder), listen, elsewhere)
+    words = tokenizer(spec.model.base, base.folder)
+    examples = examples_of(spec, words, listen, elsewhere)
     classes = () if spec.model.task == "causal-lm" else examples.corpus.classes
 
     # 3. Check them against the model, and trace how much memory each part of a turn holds.
     train = examples.train if examples.pack_length is None else packed(examples.train, examples.pack_length)
-    model = traced(spec, base, len(classes) or None, (train, *examples.held_out), listen)
+    spelled = partial(spelled_out, spec.data, words, examples.corpus)
+    model = traced(spec, base, len(classes) or None, (train, *examples.held_out), spelled, listen)
     layers = model.memory.layers
 
     # 4. Partition the rows among the clients.

@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from chainfed_ray.aggregation.privacy import ClientPrivacy, Noise
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import TurnPlan
+from chainfed_ray.cache_folder import writing
 from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.messages import (
@@ -248,8 +249,13 @@ def turn_of(order: Order, tensors: Path | None) -> TurnOrder:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write ``tensors`` into ``file``."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    """Write ``tensors`` into ``file``.
+
+    Raises:
+        OSError: the disk is full, or does not work.
+    """
+    with writing():
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def result_document(result: TurnResult) -> tuple[dict[str, Any], Tensors]:

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +17,10 @@ from chainfed_ray.device.peak import ENVIRONMENT
 from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, NotDone, Order
 
 _END_SECONDS = 5.0
+_SILENCE_SECONDS = (
+    300.0  # without a word of a worker, which says each second how far it is, once it has loaded its libraries
+)
+_LOOKS = 60  # in that time
 _LOADED = "chainfed_ray.site.worker"
 _WORK = (  # where it is no fork, the worker's own imports would load all of transformers
     "from chainfed_ray.device.lean_imports import load_models; load_models();"
@@ -50,12 +56,14 @@ class TurnProcess:
             assert process.stdout is not None
             process.stdin.write(json.dumps(asked) + "\n")
             process.stdin.flush()
-            for line in process.stdout:
-                said = _said(line)
-                if "heartbeat" in said:
-                    heard(said["heartbeat"])
-                if "answer" in said:
-                    return KEPT_ANSWER.validate_json(json.dumps(said["answer"]))
+            with killed_if_silent(process) as hear:
+                for line in process.stdout:
+                    hear()
+                    said = _said(line)
+                    if "heartbeat" in said:
+                        heard(said["heartbeat"])
+                    if "answer" in said:
+                        return KEPT_ANSWER.validate_json(json.dumps(said["answer"]))
         except (OSError, ValidationError):
             self.end()
             return NotDone(reason="error", kind="WorkerDied")
@@ -96,6 +104,32 @@ class TurnProcess:
                 start_new_session=True,  # Ctrl-C is for the parent, which ends this process in its own time
             )
         return self._process
+
+
+@contextmanager
+def killed_if_silent(
+    process: "subprocess.Popen[str]", seconds: float = _SILENCE_SECONDS
+) -> Iterator[Callable[[], None]]:
+    """Kill ``process`` if nothing is heard of it for so long in the block: it hangs, and would hold its slot for ever.
+
+    What this yields is called when something is heard. Looks are counted, since this process may have been stopped, too.
+    """
+    heard, over = Event(), Event()
+
+    def watch() -> None:
+        quiet = 0
+        while not over.wait(seconds / _LOOKS):
+            quiet = 0 if heard.is_set() else quiet + 1
+            heard.clear()
+            if quiet > _LOOKS:
+                process.kill()
+                return
+
+    Thread(target=watch, daemon=True).start()
+    try:
+        yield heard.set
+    finally:
+        over.set()
 
 
 def _said(line: str) -> dict[str, Any]:

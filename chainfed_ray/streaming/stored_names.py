@@ -6,8 +6,10 @@ used here to find tensors, not to load them: such a parameter is the bytes of se
 """
 
 import copy
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,10 +24,26 @@ from transformers.core_model_loading import (
 )
 
 from chainfed_ray.errors import UnsupportedModel
+from chainfed_ray.problem import some_of
 from chainfed_ray.streaming.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
+# What is ordinary to be left out: heads that predict tokens or the next sentence, poolers, and what is computed anyway.
+_ORDINARY = re.compile(
+    r"(^|\.)(lm_head|lm_loss|cls|embed_out|vocab_\w+|predictions|lm_predictions|mask_predictions|pred_layer|seq_relationship"
+    r"|sop_classifier|generator_\w+|discriminator_predictions|final_logits_bias|pooler|mtp"
+    r"|position_ids|inv_freq|masked_bias|attn\.bias|attention\.bias|rope_freqs)(\.|$)"
+    r"|^decoder\.bias$|^head\.(dense|norm)\."  # ModernBERT's
+)
+_ADAPTER = re.compile(r"(^|[._])(lora_[A-Z]|lora_embedding_[A-Z]|lora_magnitude_vector|ia3_l|prompt_embeddings)(\.|$)")
+# What libraries put beside a matrix that they have quantized, without which its numbers are others.
+_QUANTIZED = re.compile(
+    r"(^|\.)(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|weight_zero_point|input_scale|scales|absmax|quant_map|SCB)$"
+    r"|\.quant_state\.|\.weight\.(absmax|quant_map|nested_\w+)$"
+)
 
 
 class StoredNames:
@@ -123,3 +141,27 @@ def _order(rule: WeightConverter, parts: list[list[str]]) -> list[str] | None:
 def _steps(rule: WeightConverter) -> list[tuple[type, int | None]]:
     """The operations of a rule, and the dimension of each."""
     return [(type(step), getattr(step, "dim", None)) for step in rule.operations]
+
+
+def check_left_out(folder: Path, names: Collection[str], layers_path: str, layers: int) -> None:
+    """Say which tensors the model in ``folder`` has no place for, apart from those that many folders have: they are left out.
+
+    Raises:
+        UnsupportedModel: they are of an adapter, of a quantized matrix or of a layer that the model has not. Without them, the
+            model would be another one than its owner means.
+    """
+    left_out = [name for name in names if not _ORDINARY.search(name)]
+    above = re.compile(rf"(^|\.){re.escape(layers_path)}\.(\d+)\.")
+    for name in left_out:
+        if _ADAPTER.search(name):
+            reason = f"its checkpoint has tensors of an adapter, such as {name}: merge it into the base first"
+        elif _QUANTIZED.search(name):
+            reason = f"its weights are quantized, by the tensor {name}; they must be float32, float16 or bfloat16"
+        elif (place := above.search(name)) and int(place[2]) >= layers:
+            reason = f"its configuration has {layers} layers, and its checkpoint a tensor {name}"
+        else:
+            continue
+        raise UnsupportedModel(str(folder), reason)
+    if left_out:
+        words = "the folder has %d tensors that this model has no place for: %s"
+        _log.warning(words, len(left_out), some_of(left_out))

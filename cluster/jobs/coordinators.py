@@ -5,14 +5,15 @@ They outlive the process that made them, and Ray starts them again when they are
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from threading import Event, Thread
-from time import sleep
-from typing import Any
+from time import monotonic, sleep
+from typing import Any, NamedTuple
 
 import ray
+from ray._private.state import actors  # the public one needs a dashboard
 
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.files.upload_bytes import upload_files
@@ -31,6 +32,9 @@ from chainfed_ray.cluster.tracing import begin_tracing
 NAMESPACE = "chainfed"
 _CONTROLLER, _COORDINATOR = "controller", "coordinator-"
 _RETRY_SECONDS = 5.0  # until a database is asked again
+_ASK_SECONDS = 10.0  # between two questions to an actor whether it answers
+_SILENCE_SECONDS = 300.0  # without an answer of a coordinator, which may compute something long
+_SILENCE_OF_CONTROLLER_SECONDS = 120.0
 _log = logging.getLogger(__name__)
 
 
@@ -131,17 +135,57 @@ def _drop_unused_uploads(storage: Storage) -> None:
     upload_files(storage).drop_unused()
 
 
+class _Asked(NamedTuple):
+    actor: Any
+    answer: Any
+    at: float
+
+
+class Silence:
+    """Kills actors that hang, so that Ray starts them again: Ray itself notices only processes that have ended.
+
+    An actor hangs if Ray has made it, and it does not answer for ``seconds``.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._asked: dict[str, _Asked] = {}
+
+    def look(self, names: Collection[str]) -> None:
+        """Ask the actors called ``names`` whether they answer, and kill those that hang. It waits for no answer."""
+        for gone in self._asked.keys() - set(names):
+            del self._asked[gone]
+        for name in names:
+            asked = self._asked.get(name)
+            if asked is None:
+                with suppress(ValueError):  # it has ended since
+                    actor: Any = ray.get_actor(name, NAMESPACE)
+                    self._asked[name] = _Asked(actor, actor.ping.options(max_task_retries=0).remote(), monotonic())
+                continue
+            waited = monotonic() - asked.at
+            if ray.wait([asked.answer], timeout=0)[0]:  # or its process has ended, which Ray has noticed
+                if waited > _ASK_SECONDS:
+                    del self._asked[name]
+            elif waited > self._seconds:
+                del self._asked[name]
+                if actors(asked.actor._actor_id.hex()).get("State") == "ALIVE":  # others wait for a machine
+                    _log.error("%s has not answered for %g s, and is started again", name, waited)
+                    ray.kill(asked.actor, no_restart=False)
+
+
 class RayCoordinators:
-    """See ``Coordinators``; each is a detached actor, named after its job."""
+    """See ``Coordinators``; each is a detached actor, named after its job. One that hangs is started again."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._occupants = settings, Occupants()
+        self._settings, self._occupants, self._silence = settings, Occupants(), Silence(_SILENCE_SECONDS)
 
     def alive(self) -> set[str]:
         """The ids of the jobs that have a coordinator, even if it still waits for a machine with room."""
         actors = ray.util.list_named_actors(all_namespaces=True)
         names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
-        return {name.removeprefix(_COORDINATOR) for name in names if name.startswith(_COORDINATOR)}
+        coordinators = [name for name in names if name.startswith(_COORDINATOR)]
+        self._silence.look(coordinators)
+        return {name.removeprefix(_COORDINATOR) for name in coordinators}
 
     def ensure(self, job: str) -> None:
         """Start a coordinator for ``job``, unless it has one."""
@@ -179,3 +223,12 @@ def ensure_controller(settings: Settings) -> Any:
     return actor_class.options(
         name=_CONTROLLER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, **controller_options()
     ).remote(settings)
+
+
+def keep_controller_answering() -> None:
+    """Look for ever whether the controller hangs. Each process of the API does so."""
+    silence = Silence(_SILENCE_OF_CONTROLLER_SECONDS)
+    while True:
+        sleep(_ASK_SECONDS)
+        with suppress(Exception):  # Ray does not answer: what watches the service notices that
+            silence.look([_CONTROLLER])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chainfed_ray.data.chats import chat
 from chainfed_ray.data.messages import Chat, Message
-from chainfed_ray.data.sources import Split
+from chainfed_ray.data.sources import ColumnSelection, Split, read_split
 from chainfed_ray.data.targets import chat_ids, tokenize_texts
 from chainfed_ray.errors import InvalidJob
 from tests.causal import byte_tokenizer
@@ -257,6 +258,9 @@ CALLED = Message("assistant", "", tool_calls=json.dumps(CALLS))
         ([{"role": None, "from": "human", "content": None, "value": "A"}, SAID], (A, B)),
         ([USER, {"role": "assistant", "tool_calls": CALLS}, SAID], (A, CALLED, B)),
         ([USER, {**SAID, "weight": 0}, USER, {**SAID, "weight": 1}], (A, B._replace(learnt=False), A, B)),
+        ([USER, {**SAID, "loss": False}, USER, {**SAID, "loss": True}], (A, B._replace(learnt=False), A, B)),
+        ([USER, {**SAID, "train": False}, USER, {**SAID, "training": 1}], (A, B._replace(learnt=False), A, B)),
+        ([USER, {**SAID, "masked": True}, USER, {**SAID, "masked": None}], (A, B._replace(learnt=False), A, B)),
         ([{"from": "human", "value": "A"}, {"from": "gpt", "value": "B"}], (A, B)),
         ([{"role": "human", "content": "A"}, {"role": "Assistant", "content": "B"}], (A, B)),
         ([USER, {"role": "model", "content": "B"}], (A, B)),
@@ -283,6 +287,7 @@ def test_what_is_no_chat_is_refused_by_its_row(cell: Any) -> None:
         ({"role": "assistant", "content": None, "tool_calls": []}, "a content that is a text, or a call of a tool"),
         ({"role": "user", "content": 3}, "a content that is a text, or a call of a tool"),
         ({**SAID, "weight": 0.5}, "whose weight is 0 or 1"),
+        ({**SAID, "loss": "no"}, "whose loss is 0 or 1"),
         (
             {"role": "assistant", "content": "", "function_call": {"name": "f"}},
             "without function_call, which is not read",
@@ -310,3 +315,49 @@ def test_a_message_of_no_weight_and_a_call_of_a_tool_are_read_and_not_learnt() -
     assert tokenizer.decode(examples.ids) == "A|<call>|c1: 4|bad|B|"
     assert examples.targets is not None
     assert tokenizer.decode(examples.ids[examples.targets]) == "B|"
+
+
+_KNOWN_ROLES = _EACH + "{% if m.role in ('user', 'assistant') %}<{{ m.content | trim }}>{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("messages", "lost"),
+    [
+        ((Message("developer", "Be brief"), A, B), "the content of message 1"),
+        ((A, B, Message("tool", "4 degrees"), B), "the content of message 3"),
+        ((A, CALLED, B), "the tool_calls of message 2"),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_an_error(messages: Chat, lost: str) -> None:
+    with pytest.raises(
+        InvalidJob, match=rf"that the template writes whole; it leaves out {lost}; this one is in row 7"
+    ):
+        tokenize_texts(with_template(_KNOWN_ROLES), [messages], max_length=100, numbers=[7])
+
+
+def test_so_is_one_that_a_served_model_is_to_answer() -> None:
+    asked = (Message("developer", "Be brief"), A)
+    with pytest.raises(InvalidJob, match=r"messages is 'developer: Be brief'; .* leaves out the content of message 1"):
+        chat_ids(with_template(_KNOWN_ROLES), asked, add_generation_prompt=True, field="messages")
+
+
+def test_a_message_that_is_written_in_another_form_is_not_left_out() -> None:
+    tokenizer = with_template(_EACH + "<{{ m.content | tojson }}>{% endfor %}")
+    assert (
+        len(tokenize_texts(tokenizer, [(Message("tool", 'a "word"'), Message("assistant", "B"))], max_length=100)) == 1
+    )
+
+
+@pytest.mark.parametrize("nothing", [None, "", "[]", []])
+@pytest.mark.parametrize("beside", ["tools", "functions", "system"])
+def test_what_stands_beside_a_chat_is_an_error_and_an_empty_column_is_none(
+    beside: str, nothing: Any, tmp_path: Path
+) -> None:
+    selection = ColumnSelection((("data.messages", "messages"),), None)
+    rows = [{"messages": [USER, SAID], beside: nothing}] * 2
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert len(read_split("data.train", f"path:{file}", "train", selection)) == 2
+    file.write_text("\n".join(map(json.dumps, [*rows, {"messages": [USER, SAID], beside: "Weather"}])))
+    with pytest.raises(InvalidJob, match=rf"chats without {beside} beside them, which are not read; row 3 of path:"):
+        read_split("data.train", f"path:{file}", "train", selection)

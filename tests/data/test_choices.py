@@ -145,6 +145,7 @@ def test_a_prompt_may_be_called_a_question(tmp_path: Path) -> None:
         ({"answer": "d"}, 'that of row 2 is "d"'),
         ({"answer": "C"}, 'that of row 2 is "C"'),
         ({"answer": ""}, 'that of row 2 is ""'),
+        ({"answer": "9" * 5000}, 'that of row 2 is "999'),
         ({"answer": [0]}, r"that of row 2 is \[0\]"),
         ({"answer": {"place": 0}}, 'that of row 2 is {"place": 0}'),
         ({"answer": True}, "that of row 2 is true"),

@@ -81,6 +81,31 @@ def test_a_folder_of_shards_is_read_in_the_order_of_their_names(tmp_path: Path) 
         read_path(tmp_path)
 
 
+def test_a_folder_of_arrow_files_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    """Beside its rows, ``save_to_disk`` writes two files of JSON, which are no rows."""
+    for name in ("dataset_info.json", "state.json", "data-00000-of-00001.arrow"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"this folder has Arrow files, of save_to_disk"):
+        read_path(tmp_path)
+
+
+def test_objects_of_a_parquet_file_have_the_keys_that_were_written(tmp_path: Path) -> None:
+    """Arrow gives each of them the keys of all others: a tool would be called with arguments that nobody gave."""
+    calls = [[{"name": "f", "of": {"city": "Bonn"}}], [{"name": "g", "of": {"day": 3}}]]
+    pairs = pa.array([[("city", "Bonn")], [("day", "3")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"calls": calls, "pairs": pairs}), tmp_path / "rows.parquet")
+    assert read_path(tmp_path / "rows.parquet").columns == {
+        "calls": calls,
+        "pairs": [{"city": "Bonn"}, {"day": "3"}],
+    }
+
+
+def test_bytes_of_a_parquet_file_that_are_no_text_are_refused_by_their_column(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([b"caf\xe9"]).view(pa.string())}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"texts in UTF-8; those of the column text are not \("):
+        read_path(tmp_path / "rows.parquet")
+
+
 def test_shards_have_the_same_columns(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     write_lines(tmp_path / "b.jsonl", [{"texts": "x"}])
@@ -104,6 +129,7 @@ def test_shards_have_the_same_columns(tmp_path: Path) -> None:
         ("rows.tsv", "text\tlabel\na\tb\tc\n", "line 2 has 3 .*a text with a tab"),
         ("rows.jsonl", '{"text": "a"}\n{"text": \n', "an object on each line or one array of objects; line 2"),
         ("rows.jsonl", '{\n "text": "a"\n}', "line 1"),
+        ("rows.jsonl", '\n \r\n  {"text": \n', "line 3"),
         ("rows.jsonl", '{"text": "a"}\n["b"]', r'an object for each row; row 2 is \["b"\]'),
         ("rows.json", '[{"text": "a"}', "the array"),
         ("rows.jsonl", '{"text": "a"}\n{"b": NaN}', "line 2: NaN is no number that JSON has"),
@@ -112,6 +138,7 @@ def test_shards_have_the_same_columns(tmp_path: Path) -> None:
         ("rows.jsonl", '{"text": ["a", {"b": "\\ud800"}]}', "line 1: a text has half a surrogate pair"),
         ("rows.csv", "text,label".encode("utf-32"), "text in UTF-8; this file is UTF-32"),
         ("rows.jsonl", codecs.BOM_UTF32_BE + "{}".encode("utf-32-be"), "text in UTF-8; this file is UTF-32"),
+        ("rows.csv", "text,label".encode("utf-16-le"), "this file is in UTF-16 without a byte order mark"),
         ("rows.csv", b"\xff\xffa", "text in UTF-8, or in UTF-16 with a byte order mark"),
         ("rows.csv", "text,label\na,x\n\ufefftext,label\n", "one header, on the first line; line 3 has it again"),
         ("rows.csv", b"PK\x03\x04", "a ZIP archive or an Excel workbook"),

@@ -153,6 +153,21 @@ def test_processes_draw_numbers_of_their_own(tmp_path: Path, owner: subprocess.P
     assert threads == "1", "a thread of the server would not be in its forks, nor let go what it held"
 
 
+@pytest.mark.slow
+def test_a_process_that_stays_stopped_is_ended(tmp_path: Path, owner: subprocess.Popen[bytes]) -> None:
+    """It hears nobody who wants it to end, and would keep its memory as long as the server is there."""
+    program = a_program(tmp_path, "import os\nprint(os.getpid(), flush=True)\nprint(input())")
+    server = a_server("f", owner.pid, seconds=0.2)
+    stopped, other = (started("f", owner.pid, program) for _ in range(2))
+    assert stopped.stdout is not None
+    os.kill(int(stopped.stdout.readline()), signal.SIGSTOP)
+    assert stopped.wait(60) == 128 + signal.SIGKILL
+    assert other.communicate("goes on", timeout=60)[0].splitlines()[1] == "goes on"
+    server.kill()
+    server.wait()
+    stopped.communicate()
+
+
 def test_a_server_without_processes_ends(owner: subprocess.Popen[bytes]) -> None:
     server = a_server("d", owner.pid, seconds=0.2)
     assert server.wait(60) == 0

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from errno import ENOSPC
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -14,11 +15,12 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from chainfed_ray.errors import CorruptCommit, InvalidJob, PackageMissing, UnsupportedModel
-from chainfed_ray.export import onnx_folder
+from chainfed_ray.export import handover, onnx_folder
 from chainfed_ray.export.handover import hand_over
 from chainfed_ray.hub import resolve
 from chainfed_ray.model.saved_stack import SavedStack, save_stack
@@ -336,6 +338,21 @@ def test_an_export_that_is_killed_leaves_nothing_and_can_be_repeated(
     (tmp_path / "out.partial" / "of the one that was killed").touch()
     assert "of the one that was killed" not in hand_over(folder, tmp_path / "out", "transformers")
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_named_and_nothing_is_left(
+    classifier: tuple[Path, SavedStack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(_: SavedStack, folder: Path) -> None:
+        folder.mkdir()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(handover, "_writer", lambda form: write)
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        hand_over(classifier[0], tmp_path / "out", "transformers")
+    assert (refused.value.errno, refused.value.filename) == (ENOSPC, str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.slow

@@ -12,11 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from threading import Event, Thread
-from time import monotonic
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
-import httpx
 import psutil
 import pytest
 from rich.console import Console
@@ -31,6 +28,7 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, assert_same, run
+from tests.callers import PROCESSES, Caller
 from tests.faults.site_process import SITE, SupervisedSite, at_the_site, dealt_by_the_server
 from tests.s3 import Server
 from tests.services import Running, listening
@@ -38,26 +36,10 @@ from tests.watching import running, wait_for
 
 SEED, KILLS = int(os.environ.get("CHAINFED_FAULTS_SEED", "0")), int(os.environ.get("CHAINFED_FAULTS", "51"))
 ROUNDS = 40  # of a job, which is hurt until it is over
-GAP_SECONDS, STEADY_SECONDS = 1.0, 6.0
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(120 * KILLS)]
 
-# What is killed → what the command line of its process has. A whole service is all of them at once.
-TARGETS = {
-    "an API replica": "ServeReplica:chainfed:Api",
-    "the inference replica": "ServeReplica:chainfed:Inference",
-    "the controller of jobs": "ControllerActor",
-    "the job's coordinator": "CoordinatorActor",
-    "a client": "ClientActor",
-    "a fork server": "device.fork_server",
-    "what waits for a fork": "start_forked",
-    "Serve's controller": "ServeController",
-    "Serve's proxy": "HAProxyManager",
-    "HAProxy": "haproxy -db",
-    "Ray's raylet": "raylet/raylet",
-    "Ray's GCS": "gcs_server",
-    "the process of the service": "spawn_main",
-    "every process of the service": "",
-}
+# As in tests.callers, and the worker of an evaluation.
+TARGETS = dict(PROCESSES)
 EVALUATOR = "a worker of the evaluation"
 if are_built(ops_folder()):  # or the coordinator evaluates, in its own process
     TARGETS[EVALUATOR] = "RayTrainWorker"
@@ -84,49 +66,6 @@ class Stored(NamedTuple):
     def rounds(self, job: str) -> list[dict[str, Any]]:
         """The records of the rounds that a job has committed and told."""
         return [event.data for event in self.jobs.of_kind(job, "round")]
-
-
-class Caller:
-    """Asks the service again and again, and keeps the longest time without an answer."""
-
-    def __init__(self, address: str, key: str) -> None:
-        headers = {"Authorization": f"Bearer {key}"}
-        self._http = httpx.Client(base_url=address, headers=headers, timeout=5, trust_env=False)
-        self._over, self._thread = Event(), Thread(target=self._ask)
-        self.begin()
-        self.strange: list[str] = []
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self._http.close()
-
-    def begin(self) -> None:
-        """Forget what was, and measure from now on."""
-        self.longest, self._answered, self._steady_since = 0.0, monotonic(), monotonic()
-
-    def is_steady(self) -> bool:
-        """Whether the service has answered without a gap for a while: long enough to notice what was killed."""
-        return self._answered - self._steady_since > STEADY_SECONDS
-
-    def _ask(self) -> None:
-        while not self._over.wait(0.1):
-            try:
-                answer = self._http.get("/v1/jobs", params={"limit": 1})
-            except httpx.TransportError:
-                continue
-            if answer.is_success:
-                now = monotonic()
-                gap, self._answered = now - self._answered, now
-                self.longest = max(self.longest, gap)
-                if gap > GAP_SECONDS:
-                    self._steady_since = now
-            elif answer.status_code < 500 or answer.headers["content-type"] != "application/problem+json":
-                self.strange.append(f"{answer.status_code} {answer.headers['content-type']}: {answer.text[:200]}")
 
 
 @pytest.fixture

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from chainfed_ray.data import examples
+from chainfed_ray.data.sources import Corpus
 from chainfed_ray.errors import InvalidJob
 from tests.builders import a_job
 from tests.causal import causal_folder
@@ -51,6 +54,14 @@ def with_a_number(number: float) -> Break:
         name = next(name for name in tensors if name.endswith("layer.2.output.dense.weight"))
         tensors[name][-1, -1] = number
         save_file(tensors, path, {"format": "pt"})
+
+    return change
+
+
+def with_a_tensor(name: str) -> Break:
+    def change(folder: Path) -> None:
+        path = next(folder.glob("*.safetensors"))
+        save_file({**load_file(path), name: torch.ones(1)}, path, {"format": "pt"})
 
     return change
 
@@ -106,6 +117,18 @@ def with_a_tensor_twice(folder: Path) -> None:
         ),
         (without_layer(3), "its checkpoint has no tensor encoder.layer.3"),
         (configured(num_hidden_layers=5), "its checkpoint has no tensor encoder.layer.4"),
+        (
+            configured(num_hidden_layers=3),
+            "its configuration has 3 layers, and its checkpoint a tensor encoder.layer.3",
+        ),
+        (
+            with_a_tensor("encoder.layer.1.output.dense.weight_scale"),
+            "its weights are quantized, by the tensor .*_scale",
+        ),
+        (
+            with_a_tensor("encoder.layer.1.output.dense.weight.absmax"),
+            "its weights are quantized, by the tensor .*absmax",
+        ),
         (configured(intermediate_size=96), r"its configuration has \[96, 32\] for .*, and its checkpoint \[64, 32\]"),
         (configured(num_hidden_layers="six"), "num_hidden_layers"),
         (configured(model_type="no-such-type"), "does not know its type 'no-such-type'"),
@@ -178,3 +201,35 @@ def test_a_language_model_that_could_not_be_served_is_refused(
     with pytest.raises(InvalidJob, match=words) as refused:
         a_job(document, tmp_path)
     assert [problem.field for problem in refused.value.problems] == ["model.base"]
+
+
+@pytest.mark.parametrize("row", [3, 12])
+def test_a_token_that_the_model_has_not_is_refused_by_the_row_that_spells_it_out(
+    row: int, document: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = causal_folder("llama", tmp_path / "model")
+    words = AutoTokenizer.from_pretrained(folder)
+    words.add_tokens(["<known>", "<picture>"], special_tokens=True)
+    words.save_pretrained(folder)
+    texts = [{"text": "<picture> of a tree" if number == row else "a tree"} for number in range(1, 21)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    document["model"] = {"base": f"path:{folder}", "task": "causal-lm"}
+    document["data"] = {"train": f"path:{tmp_path / 'rows.jsonl'}", "max_length": 60}
+    document["chain"] = {"window": 1, "adapter": {"bottleneck": 8}}
+    expected = rf"data\.train is '<picture>'; expected rows without this token, .*; row {row} has it"
+    with pytest.raises(InvalidJob, match=expected):
+        a_job(document, tmp_path)
+
+
+def test_whatever_goes_wrong_with_rows_is_said_of_them(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> Corpus:
+        raise ArithmeticError("what nobody has thought of")
+
+    monkeypatch.setattr(examples, "load", read)
+    expected = (
+        r"data\.train is 'path:.*'; expected rows that can be used \(ArithmeticError: what nobody has thought of\)"
+    )
+    with pytest.raises(InvalidJob, match=expected):
+        a_job(document, tmp_path)

@@ -159,3 +159,29 @@ def test_a_terminal_without_a_dash_costs_the_dash_alone() -> None:
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60, check=True)
     assert done.stdout == b"perplexity ? ?5?\n"
+
+
+@pytest.mark.slow
+def test_a_folder_outside_of_ascii_is_named_whatever_the_locale(document: dict[str, Any], tmp_path: Path) -> None:
+    """By the locale of this process its bytes are no text, and a job with them could not even be sent."""
+    document["model"]["base"] = "path:nothing"
+    folder = tmp_path / "K\u00f6ln"
+    folder.mkdir()
+    (folder / "job.yaml").write_text(yaml.safe_dump(document))
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONPATH": str(ROOT)}
+    command = [*COMMAND, "plan", "job.yaml", "--json"]
+    done = subprocess.run(command, capture_output=True, cwd=folder, env=environment, timeout=120, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr.decode() == f"error: model.base is 'path:{tmp_path}/K?ln/nothing'; expected a folder that exists\n"
+    )
+    (problem,) = json.loads(done.stdout)["error"]["problems"]
+    assert problem["value"] == f"'path:{folder}/nothing'"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["predict", "complete"])
+def test_bytes_that_are_no_text_are_refused_in_words(command: str) -> None:
+    done = subprocess.run([*COMMAND, command, "m"], input=b"caf\xe9", capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith("error: (standard input) is b'caf\\xe9'; expected text in UTF-8 (")

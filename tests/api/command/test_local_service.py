@@ -85,6 +85,7 @@ def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[
     heard = Heard()
     with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell) as service:
         for part, said in (("input()", "Ray's raylet has ended"), ("spawn_main", "its process has ended")) * 3:
+            below = wait_for(lambda: processes_below("input()"), "a process below it")
             lost = wait_for(lambda part=part: processes_below(part), part)
             lost[0].kill()
             with pytest.raises(Enough):
@@ -92,11 +93,32 @@ def test_a_service_that_fails_is_started_again(settings: Settings, pauses: list[
             *_, first, last = heard
             assert first.startswith(f"The service has failed: {said}. Starting it again")
             assert last.startswith("The service answers again")
-            assert not running(lost), "what was left of it has ended"
+            assert not running([*lost, *below]), "what was left of it has ended"
         with pytest.raises(StorageInUse), local_service(settings, "127.0.0.1", free_port("127.0.0.1")):
             pass
     assert pauses == [0, 2, 4, 8, 16, 16], "longer from failure to failure, and without an end"
     assert not processes_below("input()", "spawn_main")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_service_whose_ray_hangs_is_started_again(
+    settings: Settings, pauses: list[float], lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers all the while, and none of its processes has ended."""
+    heard = Heard()
+    said = "Ray's raylet does not answer Ray's GCS" if lost else "Ray has not answered for "
+    with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell) as service:
+        if lost:
+            (settings.storage.root / "lost").touch()
+            processes_below("input()")[0].kill()
+            with pytest.raises(Enough):
+                service.watch()
+        else:
+            monkeypatch.setattr(f"{LOCAL}._PATIENCE_SECONDS", 1.5)
+        with pytest.raises(Enough):
+            service.watch()
+    assert heard[-2].startswith(f"The service has failed: {said}")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "some.name"])

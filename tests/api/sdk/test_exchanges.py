@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chainfed_ray.api.sdk import calls, clients, exchanges
@@ -309,3 +309,27 @@ def test_a_file_is_sent_and_received_by_a_client_that_does_not_block(
         upload = asyncio.run(both(address))
     found = uploads.files("default", {"data": {"train": f"upload:{upload}"}})
     assert (found[upload].path.read_bytes(), (tmp_path / "got").read_bytes()) == (ROWS, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, "[]"),
+        (200, "null"),
+        (200, "<html>"),
+        (404, '{"detail": "Not Found"}'),
+        (422, '{"type": "about:blank", "detail": "no"}'),
+        (422, '{"type": "urn:chainfed:problem:invalid-job", "errors": "none"}'),
+        (500, '{"type": 5}'),
+    ],
+)
+def test_another_program_at_the_address_is_said_to_be_one(status: int, body: str) -> None:
+    """Many listen on port 8000."""
+
+    async def another(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(body, status, media_type="application/json")(scope, receive, send)
+
+    with served(another) as address, Client(address) as client:
+        for asked in (exchanges.answer(calls.list_jobs()), exchanges.labels("m", ["a"]), exchanges.texts("m", ["a"])):
+            with pytest.raises(ServiceUnavailable, match=r"is not one of|ended before it was whole"):
+                client.finish_json(asked)

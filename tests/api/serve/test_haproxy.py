@@ -93,5 +93,8 @@ def test_nothing_that_ray_says_of_routes_is_left(private: Path) -> None:
     assert "return status 404" not in after
     answered_by_serve = "{ status 404 } { res.hdr(content-type) -m beg text/plain }"
     assert f"http-response return status 503 default-errorfiles if {answered_by_serve}" in after
+    for status in (400, 500):
+        by_uvicorn = f"{{ status {status} }} {{ res.hdr(content-type) -m beg text/plain }}"
+        assert f"http-response return status {status} default-errorfiles if {by_uvicorn}" in after
     assert "mode 666" not in after
     assert not re.search(r"errorfile \d+ {{", after)

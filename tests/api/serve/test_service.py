@@ -85,6 +85,26 @@ def test_a_service_for_the_network_needs_a_key(tmp_path: Path) -> None:
     assert "error: --host is '0.0.0.0'; expected 127.0.0.1, as long as no key was made" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("header", "value", "status"),
+    [
+        (b"x-request-id", b"\xff", 200),  # another id is made
+        (b"x-request-id", b"a\xfe-" * 100, 200),
+        (b"idempotency-key", b"\x7f", 400),
+        (b"authorization", b"Bearer \x01", 400),
+    ],
+)
+def test_a_header_that_is_no_text_is_answered_as_the_api_does(
+    service: Running, header: bytes, value: bytes, status: int
+) -> None:
+    """Such a request does not reach our API, or Ray Serve fails at it before."""
+    with httpx.Client(base_url=service.address, trust_env=False) as http:
+        answer = http.get("/v1/jobs", headers=[(header, value)])
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == ("application/json" if status == 200 else "application/problem+json")
+    assert answer.headers.get("x-request-id", "none").isascii()
+
+
 def test_a_job_over_the_command_line(service: Running, document: dict[str, Any], tmp_path: Path) -> None:
     job_file = tmp_path / "job.yaml"
     job_file.write_text(yaml.safe_dump({**document, "name": "first"}))

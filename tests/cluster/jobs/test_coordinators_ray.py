@@ -4,8 +4,10 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.exceptions import RayError
@@ -105,6 +107,40 @@ def test_a_job_whose_coordinators_all_die_fails_and_others_have_its_place(
         return store.get(other).status == "cancelled" and not coordinators.alive()
 
     wait_for(is_over, "end of the other job")
+
+
+def test_a_coordinator_that_hangs_is_started_again(
+    cluster: None, document: dict[str, Any], storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not ended, so Ray sees nothing wrong with it."""
+    monkeypatch.setattr(module, "_SILENCE_SECONDS", 5.0)
+    monkeypatch.setattr(module, "_ASK_SECONDS", 0.5)
+    document["rounds"] |= {"total": 500, "quorum": 1}
+    coordinators = RayCoordinators(settings := Settings(storage, client_slots=1))
+    controller = Controller(settings, store, coordinators)
+    job = store.submit(parse_job(document)).id
+    rounds = CommitLog(storage.job(job)).rounds
+
+    def goes_on(beyond: int) -> bool:
+        controller.step()
+        return len(rounds()) > beyond
+
+    wait_for(lambda: goes_on(0), "first round")
+    hung = ray.get(ray.get_actor(f"coordinator-{job}", NAMESPACE).ping.remote())
+    began = monotonic()
+    wait_for(lambda: goes_on(0) and monotonic() - began > 3, "time in which it has answered")
+    os.kill(hung, signal.SIGSTOP)
+    done = len(rounds())
+    wait_for(lambda: goes_on(done + 2), "further rounds", 120)
+    assert not psutil.pid_exists(hung)
+    assert store.get(job).status == "running"
+    cancel(store, job)
+
+    def is_over() -> bool:
+        controller.step()
+        return store.get(job).status == "cancelled" and not coordinators.alive()
+
+    wait_for(is_over, "end of the job")
 
 
 def test_without_a_shared_folder_every_machine_is_asked_whether_a_coordinator_goes_on(
