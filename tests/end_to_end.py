@@ -35,6 +35,9 @@ class EndToEnd:
 
     def loss(self, stack: AdapterStack, indices: np.ndarray) -> Tensor:
         """The sum of the cross-entropies of the examples at ``indices``, in nats."""
+        (indices,) = self._examples.by_length(
+            len(indices), indices
+        )  # as in the chain, so that the order of sums is the same
         lowest = torch.nn.utils.rnn.pad_sequence([self._lowest[index] for index in indices.tolist()], batch_first=True)
         batch = self._examples.batch(indices)
         means: list[Tensor] = []

@@ -95,7 +95,10 @@ def listening(running: Running) -> set[int]:
     """The ports of a service. All are on loopback."""
     found = set()
     for process in [psutil.Process(running.process.pid), *running.processes("")]:
-        addresses = [one.laddr for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+        try:
+            addresses = [one.laddr for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+        except psutil.NoSuchProcess:  # it has ended since
+            continue
         assert all(address.ip.removeprefix("::ffff:") == "127.0.0.1" for address in addresses), command_of(process)
         found |= {address.port for address in addresses}
     return found

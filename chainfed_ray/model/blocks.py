@@ -33,7 +33,6 @@ from chainfed_ray.streaming.matrices import (
     stream_matrices,
 )
 from chainfed_ray.streaming.numbers import check_numbers
-from chainfed_ray.streaming.stored_names import check_left_out
 from chainfed_ray.streaming.unchanged import while_unchanged
 
 
@@ -80,6 +79,9 @@ class Blocks:
         while_unchanged(self.folder, ("check", self.dtype), self._check)
 
     def _check(self) -> None:
+        # Here for lean_imports.py: it loads a model's code.
+        from chainfed_ray.streaming.stored_names import check_left_out
+
         check_left_out(self.folder, self._trunk.names.without_place, self.layers_path, self.num_layers)
         layers = [source for index in range(self.num_layers) for source in self._sources(index).values()]
         head = []

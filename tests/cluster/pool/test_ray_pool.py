@@ -270,9 +270,9 @@ def test_what_was_planned_is_enough_for_a_pretrained_model(tmp_path: Path) -> No
     # Sums for a fitted head come from the whole fleet, and others would have these processes by the end.
     demo["chain"] |= {"start": 2, "head": "zero"}
     demo["rounds"] |= {"total": 3, "clients": 3, "local_steps": 3}
-    some = [{"text": text, "label": library} for text, library in docstrings.rows()[::3]]
+    # Each text comes three times over, so that all have as many tokens as a plan is made for: shorter ones would take less.
+    some = [{"text": f"{text} {text} {text}", "label": library} for text, library in docstrings.rows()[::3]]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, some)))
-    # Few rows are shorter than 24 tokens: the largest batch that was planned for is among so few.
     demo["data"] |= {"train": f"path:{tmp_path / 'rows.jsonl'}", "max_length": 24}
     job = a_job(demo, tmp_path)
     others = {process.pid for process in client_processes()}
