@@ -260,6 +260,7 @@ CALLED = Message("assistant", "", tool_calls=json.dumps(CALLS))
         ([USER, {**SAID, "weight": 0}, USER, {**SAID, "weight": 1}], (A, B._replace(learnt=False), A, B)),
         ([USER, {**SAID, "loss": False}, USER, {**SAID, "loss": True}], (A, B._replace(learnt=False), A, B)),
         ([USER, {**SAID, "train": False}, USER, {**SAID, "training": 1}], (A, B._replace(learnt=False), A, B)),
+        ([USER, {**SAID, "loss": 0.31, "train": "B", "training": [], "masked": 2}], (A, B)),
         ([USER, {**SAID, "masked": True}, USER, {**SAID, "masked": None}], (A, B._replace(learnt=False), A, B)),
         ([{"from": "human", "value": "A"}, {"from": "gpt", "value": "B"}], (A, B)),
         ([{"role": "human", "content": "A"}, {"role": "Assistant", "content": "B"}], (A, B)),
@@ -287,7 +288,7 @@ def test_what_is_no_chat_is_refused_by_its_row(cell: Any) -> None:
         ({"role": "assistant", "content": None, "tool_calls": []}, "a content that is a text, or a call of a tool"),
         ({"role": "user", "content": 3}, "a content that is a text, or a call of a tool"),
         ({**SAID, "weight": 0.5}, "whose weight is 0 or 1"),
-        ({**SAID, "loss": "no"}, "whose loss is 0 or 1"),
+        ({**SAID, "weight": "no"}, "whose weight is 0 or 1"),
         (
             {"role": "assistant", "content": "", "function_call": {"name": "f"}},
             "without function_call, which is not read",
