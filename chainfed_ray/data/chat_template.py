@@ -108,21 +108,28 @@ def check_written(
 ) -> None:
     """Check that ``whole``, which the template has made of ``chat``, has all of it: many leave out roles that they do not know.
 
-    The template may write a content in another form. So what counts is whether it writes a mark in the content's place.
+    The template may write a content in another form, and the text of one may be a part of another. So what counts is whether
+    it writes a mark in the content's place. One text with marks in all places tells, if the template accepts it; only what is
+    not there is marked by itself.
 
     Raises:
         InvalidJob: a message or its calls of tools are left out.
     """
     mark = _mark_for(whole)
+    marked = tuple(
+        message._replace(content=f"{mark}{place}{mark}") if message.content.strip() else message
+        for place, message in enumerate(chat)
+    )
+    together = _accepted(tokenizer, marked, add_generation_prompt) or ""
     for place, message in enumerate(chat):
 
         def instead(other: Message, place: int = place) -> str | None:
             return _accepted(tokenizer, (*chat[:place], other, *chat[place + 1 :]), add_generation_prompt)
 
-        content, lost = message.content.strip(), None
-        if content and content not in whole:
-            found = instead(message._replace(content=mark))
-            lost = "the content" if found is not None and mark not in found else None
+        content, lost = marked[place].content.strip(), None
+        if content not in together:
+            found = instead(marked[place])
+            lost = "the content" if found is not None and content not in found else None
         if message.tool_calls is not None and instead(message._replace(tool_calls=None)) == whole:
             lost = lost or "the tool_calls"
         if lost:

@@ -24,8 +24,9 @@ _NOT_READ = (
     "images",
     "videos",
 )
-# What programs call it that a message is learnt, or is not: each is 0 or 1, or a truth value.
-_LEARNT = {"weight": True, "loss": True, "train": True, "training": True, "masked": False}
+# What programs other than OpenAI's call it that a message is learnt, or is not. With another value than 0, 1 or a truth value,
+# such as a loss that was measured, the key means something else.
+_LEARNT = {"loss": True, "train": True, "training": True, "masked": False}
 
 
 def chat(cell: Any, column: str, where: str) -> Chat:
@@ -33,8 +34,8 @@ def chat(cell: Any, column: str, where: str) -> Chat:
 
     A message is an object with ``role`` and ``content`` (a text or a list of text parts), as OpenAI has it, with
     ``tool_calls``, ``tool_call_id``, ``name`` and a ``weight`` of 0 or 1 if it has some; or one with ``from`` and ``value``, as
-    ShareGPT has it. Others call the weight ``loss``, ``train``, ``training`` or ``masked``. The chat is empty if no assistant
-    speaks. ``where`` names the row in errors.
+    ShareGPT has it. Others call the weight ``loss``, ``train``, ``training`` or ``masked``, if it is 0 or 1. The chat is empty
+    if no assistant speaks. ``where`` names the row in errors.
 
     Raises:
         InvalidJob: the cell holds no list of such messages; the error names the first message that is none.
@@ -79,10 +80,11 @@ def _message(item: Any) -> Message:
 
 
 def _is_learnt(item: Mapping[Any, Any]) -> bool:
-    said = {key: item[key] for key in _LEARNT if item.get(key) is not None}
-    if wrong := [key for key, value in said.items() if value not in (0, 1)]:
-        raise ValueError(f"a message whose {wrong[0]} is 0 or 1")
-    return all(bool(value) == _LEARNT[key] for key, value in said.items())
+    weight = item.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError("a message whose weight is 0 or 1")
+    said = {key: item[key] for key in _LEARNT if item.get(key) in (0, 1)}
+    return weight != 0 and all(bool(value) == _LEARNT[key] for key, value in said.items())
 
 
 def _either(item: Mapping[Any, Any], key: str, other: str) -> Any:

@@ -83,10 +83,11 @@ def about_the_rows(data: DataSpec) -> Iterator[None]:
     Raises:
         InvalidJob: with the cause in words.
         MemoryError: there is not enough memory for them.
+        OSError: a disk or a connection has trouble, which is no fault of the rows.
     """
     try:
         yield
-    except (ChainFedError, MemoryError):
+    except (ChainFedError, MemoryError, OSError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -132,14 +132,14 @@ def from_arrow(table: pa.Table, wanted: Collection[str] | None = None) -> Table:
     A class that has no name, such as the −1 of labels that are hidden, stays a number.
 
     Raises:
-        ValueError: two classes have one name.
+        ValueError: two classes have one name, or a map has a key twice.
     """
     classes = _class_names(table.schema.metadata or {})
     columns: dict[str, Sequence[Any]] = {}
     for name in table.column_names:
         if wanted is None or name in wanted:
             try:
-                cells = _cells(table.column(name))
+                cells = _cells(table.column(name), name)
             except UnicodeDecodeError as error:
                 raise ValueError(f"texts in UTF-8; those of the column {name} are not ({error.reason})") from None
             if name in classes:
@@ -151,22 +151,39 @@ def from_arrow(table: pa.Table, wanted: Collection[str] | None = None) -> Table:
     return Table(tuple(table.column_names), columns)
 
 
-def _cells(column: pa.ChunkedArray) -> list[Any]:
-    """The values of a column. Numbers of fewer bits than Python's keep the few digits that they have.
+def _cells(column: pa.ChunkedArray, name: str) -> list[Any]:
+    """The values of the column ``name``. Numbers of fewer bits than Python's keep the few digits that they have.
 
-    Arrow gives all objects of a column the keys of each other, with nothing where one has no such key: those are left out.
+    Arrow gives all objects of a column the keys of each other, with nothing where one has no such key: those are left out. So
+    are keys that were written with null, which it does not tell from them.
+
+    Raises:
+        ValueError: a map has a key twice.
     """
     if pa.types.is_float16(column.type) or pa.types.is_float32(column.type):
         written = column.cast(pa.string()).to_pylist()
         return [None if cell is None else Number(_with_point(cell)) for cell in written]
-    cells: list[Any] = column.to_pylist(maps_as_pydicts="strict")
-    return list(map(_with_own_keys, cells)) if pa.types.is_nested(column.type) else cells
+    cells: list[Any] = column.to_pylist()
+    if not pa.types.is_nested(column.type):
+        return cells
+    return [_with_own_keys(cell, column.type, f"row {row} of {name}") for row, cell in enumerate(cells, start=1)]
 
 
-def _with_own_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_own_keys(each) for key, each in value.items() if each is not None}
-    return [_with_own_keys(each) for each in value] if isinstance(value, list) else value
+def _with_own_keys(value: Any, kind: pa.DataType, where: str) -> Any:
+    """A value of Arrow's, with dicts for its maps: Arrow gives each as a list of pairs."""
+    if not isinstance(value, dict | list):
+        return value
+    if pa.types.is_map(kind):
+        if (twice := first_repeated(key for key, _ in value)) is not None:
+            raise ValueError(f"maps that have each key once; {where} has {shown(twice)} twice")
+        return {key: _with_own_keys(each, kind.item_type, where) for key, each in value if each is not None}
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        return {
+            key: _with_own_keys(each, kind.field(key).type, where) for key, each in value.items() if each is not None
+        }
+    if isinstance(inner := getattr(kind, "value_type", None), pa.DataType):
+        return [_with_own_keys(each, inner, where) for each in value]
+    return value
 
 
 def _with_point(written: str) -> str:

@@ -82,7 +82,8 @@ class Blocks:
         # Here for lean_imports.py: it loads a model's code.
         from chainfed_ray.streaming.stored_names import check_left_out
 
-        check_left_out(self.folder, self._trunk.names.without_place, self.layers_path, self.num_layers)
+        without_place = self._trunk.names.without_place
+        check_left_out(self.folder, without_place, self.layers_path, self.num_layers, self._config)
         layers = [source for index in range(self.num_layers) for source in self._sources(index).values()]
         head = []
         with suppress(UnsupportedModel):  # a classifier needs none

@@ -28,7 +28,7 @@ from chainfed_ray.problem import some_of
 from chainfed_ray.streaming.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _log = logging.getLogger(__name__)
 # What is ordinary to be left out: heads that predict tokens or the next sentence, poolers, and what is computed anyway.
@@ -143,21 +143,27 @@ def _steps(rule: WeightConverter) -> list[tuple[type, int | None]]:
     return [(type(step), getattr(step, "dim", None)) for step in rule.operations]
 
 
-def check_left_out(folder: Path, names: Collection[str], layers_path: str, layers: int) -> None:
+def check_left_out(
+    folder: Path, names: Collection[str], layers_path: str, layers: int, config: "PreTrainedConfig"
+) -> None:
     """Say which tensors the model in ``folder`` has no place for, apart from those that many folders have: they are left out.
+
+    Layers that predict further tokens may be stored after the model's own. Its ``config`` counts them separately.
 
     Raises:
         UnsupportedModel: they are of an adapter, of a quantized matrix or of a layer that the model has not. Without them, the
             model would be another one than its owner means.
     """
     left_out = [name for name in names if not _ORDINARY.search(name)]
+    counts = (getattr(config, key, None) for key in ("num_nextn_predict_layers", "num_mtp_layers"))
+    stored = layers + max([0, *(count for count in counts if isinstance(count, int))])
     above = re.compile(rf"(^|\.){re.escape(layers_path)}\.(\d+)\.")
     for name in left_out:
         if _ADAPTER.search(name):
             reason = f"its checkpoint has tensors of an adapter, such as {name}: merge it into the base first"
         elif _QUANTIZED.search(name):
             reason = f"its weights are quantized, by the tensor {name}; they must be float32, float16 or bfloat16"
-        elif (place := above.search(name)) and int(place[2]) >= layers:
+        elif (place := above.search(name)) and int(place[2]) >= stored:
             reason = f"its configuration has {layers} layers, and its checkpoint a tensor {name}"
         else:
             continue

@@ -260,6 +260,7 @@ CALLED = Message("assistant", "", tool_calls=json.dumps(CALLS))
         ([USER, {**SAID, "weight": 0}, USER, {**SAID, "weight": 1}], (A, B._replace(learnt=False), A, B)),
         ([USER, {**SAID, "loss": False}, USER, {**SAID, "loss": True}], (A, B._replace(learnt=False), A, B)),
         ([USER, {**SAID, "train": False}, USER, {**SAID, "training": 1}], (A, B._replace(learnt=False), A, B)),
+        ([USER, {**SAID, "loss": 0.31, "train": "B", "training": [], "masked": 2}], (A, B)),
         ([USER, {**SAID, "masked": True}, USER, {**SAID, "masked": None}], (A, B._replace(learnt=False), A, B)),
         ([{"from": "human", "value": "A"}, {"from": "gpt", "value": "B"}], (A, B)),
         ([{"role": "human", "content": "A"}, {"role": "Assistant", "content": "B"}], (A, B)),
@@ -287,7 +288,7 @@ def test_what_is_no_chat_is_refused_by_its_row(cell: Any) -> None:
         ({"role": "assistant", "content": None, "tool_calls": []}, "a content that is a text, or a call of a tool"),
         ({"role": "user", "content": 3}, "a content that is a text, or a call of a tool"),
         ({**SAID, "weight": 0.5}, "whose weight is 0 or 1"),
-        ({**SAID, "loss": "no"}, "whose loss is 0 or 1"),
+        ({**SAID, "weight": "no"}, "whose weight is 0 or 1"),
         (
             {"role": "assistant", "content": "", "function_call": {"name": "f"}},
             "without function_call, which is not read",
@@ -326,6 +327,9 @@ _KNOWN_ROLES = _EACH + "{% if m.role in ('user', 'assistant') %}<{{ m.content | 
         ((Message("developer", "Be brief"), A, B), "the content of message 1"),
         ((A, B, Message("tool", "4 degrees"), B), "the content of message 3"),
         ((A, CALLED, B), "the tool_calls of message 2"),
+        ((Message("developer", "ok"), Message("user", "is it ok?"), B), "the content of message 1"),
+        ((Message("developer", "ok"), Message("user", "ok"), B), "the content of message 1"),
+        ((A, Message("tool", "<"), B), "the content of message 2"),
     ],
 )
 def test_a_message_that_the_template_leaves_out_is_an_error(messages: Chat, lost: str) -> None:
@@ -335,7 +339,25 @@ def test_a_message_that_the_template_leaves_out_is_an_error(messages: Chat, lost
         tokenize_texts(with_template(_KNOWN_ROLES), [messages], max_length=100, numbers=[7])
 
 
-def test_so_is_one_that_a_served_model_is_to_answer() -> None:
+def test_so_is_one_if_the_template_does_not_accept_other_words_in_all_places() -> None:
+    wanted = "{% if 'key' not in messages | map(attribute='content') | join %}{{ raise_exception('No') }}{% endif %}"
+    messages = (Message("developer", "ok"), Message("user", "is the key ok?"), B)
+    with pytest.raises(InvalidJob, match="leaves out the content of message 1"):
+        tokenize_texts(with_template(wanted + _KNOWN_ROLES), [messages], max_length=100)
+    assert len(tokenize_texts(with_template(wanted + _KNOWN_ROLES), [messages[1:]], max_length=100)) == 1
+
+
+def test_a_long_chat_is_written_twice_to_see_that_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, written = with_template(_KNOWN_ROLES), []
+    write = tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda *given, **how: written.append(given) or write(*given, **how)
+    )
+    chat_ids(tokenizer, as_chat([("ok", "it is ok")] * 50), add_generation_prompt=True, field="messages")
+    assert len(written) == 2
+
+
+def test_and_one_that_a_served_model_is_to_answer() -> None:
     asked = (Message("developer", "Be brief"), A)
     with pytest.raises(InvalidJob, match=r"messages is 'developer: Be brief'; .* leaves out the content of message 1"):
         chat_ids(with_template(_KNOWN_ROLES), asked, add_generation_prompt=True, field="messages")

@@ -89,15 +89,37 @@ def test_a_folder_of_arrow_files_is_refused_by_what_it_is(tmp_path: Path) -> Non
         read_path(tmp_path)
 
 
-def test_objects_of_a_parquet_file_have_the_keys_that_were_written(tmp_path: Path) -> None:
+def test_objects_of_a_parquet_file_have_the_keys_that_have_a_value(tmp_path: Path) -> None:
     """Arrow gives each of them the keys of all others: a tool would be called with arguments that nobody gave."""
     calls = [[{"name": "f", "of": {"city": "Bonn"}}], [{"name": "g", "of": {"day": 3}}]]
-    pairs = pa.array([[("city", "Bonn")], [("day", "3")]], pa.map_(pa.string(), pa.string()))
-    pq.write_table(pa.table({"calls": calls, "pairs": pairs}), tmp_path / "rows.parquet")
+    written = [[{"name": "f", "of": {"city": "Bonn", "day": None}}], calls[1]]
+    pairs = pa.array([[("city", "Bonn")], []], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"calls": calls, "written": written, "pairs": pairs}), tmp_path / "rows.parquet")
     assert read_path(tmp_path / "rows.parquet").columns == {
         "calls": calls,
-        "pairs": [{"city": "Bonn"}, {"day": "3"}],
+        "written": calls,
+        "pairs": [{"city": "Bonn"}, {}],
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "key"),
+    [
+        (pa.map_(pa.string(), pa.int64()), [[("a", 1)], None, [("a", 1), ("b", 2), ("a", 2)]], '"a"'),
+        (pa.map_(pa.int64(), pa.int64()), [[], [(0, 1)], [(0, 1), (0, 2)]], "0"),
+        (
+            pa.list_(pa.struct([("of", pa.map_(pa.string(), pa.map_(pa.string(), pa.int64())))])),
+            [[], None, [{"of": None}, {"of": [("b", [("a", 1), ("a", 2)])]}]],
+            '"a"',
+        ),
+    ],
+)
+def test_a_map_of_a_parquet_file_with_a_key_twice_is_refused_by_its_row(
+    kind: pa.DataType, values: list[Any], key: str, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"pairs": pa.array(values, kind)}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=rf"^maps that have each key once; row 3 of pairs has {key} twice$"):
+        read_path(tmp_path / "rows.parquet")
 
 
 def test_bytes_of_a_parquet_file_that_are_no_text_are_refused_by_their_column(tmp_path: Path) -> None:

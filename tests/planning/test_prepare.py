@@ -1,5 +1,6 @@
 """Promise: a model that cannot be trained as it is in its folder is refused by what it is, before anything is queued."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -233,3 +234,19 @@ def test_whatever_goes_wrong_with_rows_is_said_of_them(
     )
     with pytest.raises(InvalidJob, match=expected):
         a_job(document, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "no space left"), OSError(errno.ENOTCONN, "away"), TimeoutError(), BrokenPipeError()],
+)
+def test_but_the_trouble_of_a_disk_or_a_connection_is_not(
+    error: OSError, document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> Corpus:
+        raise error
+
+    monkeypatch.setattr(examples, "load", read)
+    with pytest.raises(type(error)) as raised:
+        a_job(document, tmp_path)
+    assert raised.value is error

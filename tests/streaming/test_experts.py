@@ -1,5 +1,7 @@
 """Promise: a mixture of experts, streamed, is the resident one, whose matrices of idle experts are not read."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,21 @@ def test_a_checkpoint_without_one_of_the_experts_is_refused(tmp_path: Path) -> N
     save_file({it: tensors[it] for it in tensors if it != name}, path, {"format": "pt"})
     with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.experts\.\w+"):
         opened(tmp_path).load_layer(1)
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_layers_that_predict_further_tokens_may_be_stored_after_the_models_own(key: str, tmp_path: Path) -> None:
+    path = tiny("mixtral", tmp_path) / "model.safetensors"
+    tensors, layers = load_file(path), opened(tmp_path).num_layers
+    config = json.loads((tmp_path / "config.json").read_text())
+    further = f"model.layers.{layers}.eh_proj.weight"
+    save_file({**tensors, further: torch.ones(4)}, path, {"format": "pt"})
+    refused = rf"its configuration has {layers} layers, and its checkpoint a tensor "
+    with pytest.raises(UnsupportedModel, match=refused + re.escape(further)):
+        opened(tmp_path).check()
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: 1}))
+    opened(tmp_path).check()
+    above = further.replace(str(layers), str(layers + 1))
+    save_file({**tensors, above: torch.ones(4)}, path, {"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=refused + re.escape(above)):
+        opened(tmp_path).check()
