@@ -273,7 +273,7 @@ class ServiceBusy(ChainFedError, RuntimeError):
 class LimitReached(ChainFedError, RuntimeError):
     """A tenant has as much of something as ``limit`` allows, a setting of the service; it may ask again after ``seconds``.
 
-    So may have a key, whose limit is its own.
+    A key may have a limit of its own, and is then named in place of the tenant.
     """
 
     def __init__(self, tenant: str, what: str, limit: str, seconds: int) -> None:

@@ -27,6 +27,11 @@ NO_ANSWER = (OperationalError, InterfaceError, TimeoutError)
 """What is raised if the database does not answer: wait, and ask again."""
 
 
+def is_in_doubt(error: Exception) -> bool:
+    """Whether what was asked may be done although the database did not answer: the connection was lost in a commit."""
+    return getattr(getattr(error, "orig", None), "is_in_doubt", False)
+
+
 def open_database(url: str, existing: bool) -> Engine:
     """An engine for the database at ``url``. The file of SQLite is made unless it must be an ``existing`` one.
 
@@ -100,6 +105,9 @@ def _patient_connection() -> Any:
     """The class of connections to PostgreSQL. It is made here, since psycopg is an optional package."""
     import psycopg
 
+    class CommitLost(psycopg.OperationalError):
+        is_in_doubt = True
+
     class Patient(psycopg.Connection[Any]):
         """A connection that fails if the server says nothing for ``PATIENCE_SECONDS``, unless it ``waits_for_ever``.
 
@@ -107,6 +115,14 @@ def _patient_connection() -> Any:
         """
 
         waits_for_ever = False
+
+        def commit(self) -> None:
+            try:
+                super().commit()
+            except psycopg.OperationalError as error:
+                if self.closed:  # else the server itself has refused it
+                    raise CommitLost(str(error)) from error
+                raise
 
         def wait(self, gen: Any, *arguments: Any, **options: Any) -> Any:
             return super().wait(self._bounded(gen), *arguments, **options)

@@ -364,12 +364,11 @@ def _follow(client: Client, record: dict[str, Any], as_json: bool) -> None:
 
     spec = parse_job(record["spec"])
     with _if_interrupted(f"The job keeps running; `chainfed watch {record['id']}` follows it again."):
-        job_started, rounds, job_finished = follow(client, record["id"], spec, _progress)
+        records = follow(client, record["id"], spec, _progress)
     command = "complete" if spec.model.task == "causal-lm" else "predict"
     how_to_call = f"To call the model: chainfed {command} {record['model']} 'a text'"
-    answer(
-        as_json, client.json(calls.get_job(record["id"])), results(spec, job_started, rounds, job_finished), how_to_call
-    )
+    shown = [results(spec, *records)] if records else []
+    answer(as_json, client.json(calls.get_job(record["id"])), *shown, how_to_call)
 
 
 @contextmanager

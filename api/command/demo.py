@@ -80,6 +80,7 @@ def explained(story: str, spec: JobSpec, job_file: Path, out: Path, console: Con
                 job = client.json(calls.submit_job(spec.document()))["id"]
             console.print(headed("3.", f" The chain trains: job {job}."))
             records = follow(client, job, spec, console)
+            assert records is not None  # the service is of this version
             console.print(headed("4.", " The result."))
             console.print(results(spec, *records))
             return tell(client, spec, job, records, out, console)

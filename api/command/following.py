@@ -2,6 +2,7 @@
 
 from itertools import dropwhile
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from chainfed_ray.activity import Activity
@@ -12,11 +13,14 @@ from chainfed_ray.errors import JobFailed, ServiceUnavailable
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 
+Records = tuple[JobStarted, list[Round], JobFinished]
 _NAMED = 3  # how many of the jobs ahead in the queue are named
 
 
-def follow(client: Client, job: str, spec: JobSpec, console: Console) -> tuple[JobStarted, list[Round], JobFinished]:
+def follow(client: Client, job: str, spec: JobSpec, console: Console) -> Records | None:
     """Show the job with the id ``job`` until it is over, and return its records.
+
+    None if they are of an earlier version: then the changes of the job's state are shown alone.
 
     Raises:
         JobFailed: the job failed, or was cancelled.
@@ -25,6 +29,7 @@ def follow(client: Client, job: str, spec: JobSpec, console: Console) -> tuple[J
     job_finished: JobFinished | None = None
     rounds: list[Round] = []
     failed: JobFailed | None = None
+    is_earlier = False
     with ProgressDisplay(console, job, spec) as progress:
         for event in client.stream_json(exchanges.events(job, listen=progress.listen)):
             failed = None  # one that was tried again has not failed
@@ -40,9 +45,16 @@ def follow(client: Client, job: str, spec: JobSpec, console: Console) -> tuple[J
                 case "running":
                     progress.idle()
                     progress.say("The job goes on." if job_started else "The job starts.")
+                case "started" | "round" | "finished" if is_earlier:
+                    pass
                 case "started":
-                    job_started = JobStarted.model_validate(event["data"])
-                    progress.job_started(job_started)
+                    try:
+                        job_started = JobStarted.model_validate(event["data"])
+                    except ValidationError:
+                        is_earlier = True
+                        progress.say("Its records are of an earlier version: its rounds are not shown.")
+                    else:
+                        progress.job_started(job_started)
                 case "round":
                     rounds.append(Round.model_validate(event["data"]))
                     progress.round(rounds[-1])
@@ -66,6 +78,8 @@ def follow(client: Client, job: str, spec: JobSpec, console: Console) -> tuple[J
                     failed = JobFailed(job, event["kind"], event["data"].get("message", ""))
         if failed:
             raise failed
+    if is_earlier:
+        return None
     if job_started is None or job_finished is None:
         raise JobFailed(job, "ended", "its events lack its start or its result")
     return job_started, rounds, job_finished

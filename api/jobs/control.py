@@ -4,10 +4,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
 
 from chainfed_ray.api.jobs.merge_patch import BODY, Patch, patched
 from chainfed_ray.api.jobs.resources import JobResource, full
-from chainfed_ray.api.jobs.routes import IdempotencyKey, accept, tagged
+from chainfed_ray.api.jobs.routes import IdempotencyKey, accept, listed, tagged
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs import control
@@ -16,11 +17,10 @@ from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
 IfMatch = Annotated[
-    str | None,
+    list[Annotated[str, Field(max_length=1000)]] | None,
     Header(
-        max_length=1000,
         description="the `ETag` of the job, as it was looked at: if the job is another by now, nothing is done, and the "
-        "answer is 412",
+        "answer is 412. It may be a list, of which one must be the job's, or `*` for any; a weak one (`W/…`) is never the job's"
     ),
 ]
 
@@ -31,11 +31,13 @@ def _check_match(job: str, jobs: Jobs, if_match: IfMatch = None) -> None:
     Raises:
         HTTPException: 412, if the job has another ``ETag`` now.
     """
-    if if_match is None or if_match.strip() == "*":
+    named = listed(if_match)
+    if if_match is None or named == ["*"]:
         return
     _, tag = tagged(jobs, jobs.get(job))
-    if tag not in [one.strip() for one in if_match.split(",")]:  # a weak one does not count: RFC 9110, 13.1.1
-        raise HTTPException(412, f"job {job} is not as it was when it had the ETag {if_match}; it has {tag} now")
+    if tag not in named:  # a weak one does not count: RFC 9110, 13.1.1
+        had = ", ".join(named)
+        raise HTTPException(412, f"job {job} is not as it was when it had the ETag {had}; it has {tag} now")
 
 
 router = APIRouter(

@@ -41,7 +41,11 @@ _TAGGED: dict[int | str, dict[str, Any]] = {
     304: {"description": "The job is as it was when the answer had this `ETag`", "headers": _ETAG},
 }
 IfNoneMatch = Annotated[
-    str | None, Header(description="the `ETag` of an earlier answer: if nothing has changed since, the answer is 304")
+    list[str] | None,
+    Header(
+        description="the `ETag` of an earlier answer, or a list of them: if nothing has changed since, the answer is 304, "
+        "as it is with `*`"
+    ),
 ]
 IdempotencyKey = Annotated[
     str | None,
@@ -138,10 +142,15 @@ def get_job(job: str, jobs: Jobs, if_none_match: IfNoneMatch = None) -> Response
     """A job, with its progress and, once it is over, its result or its error."""
     body, tag = tagged(jobs, jobs.get(job))
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-    known = [one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")]
+    known = [one.removeprefix("W/") for one in listed(if_none_match)]
     if tag in known or known == ["*"]:
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
+
+
+def listed(lines: list[str] | None) -> list[str]:
+    """The members of a header, which may come in several lines: they are one list (RFC 9110, 5.3)."""
+    return [one.strip() for one in ",".join(lines or ()).split(",")]
 
 
 def tagged(jobs: JobStore, record: JobRecord) -> tuple[bytes, str]:

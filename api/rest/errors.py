@@ -14,7 +14,7 @@ from starlette.routing import Match
 
 from chainfed_ray.api.rest.schemas import FieldProblem, OpenAIError, ProblemDetails
 from chainfed_ray.api.rest.service import CallerGone
-from chainfed_ray.cluster.database import NO_ANSWER
+from chainfed_ray.cluster.database import NO_ANSWER, is_in_doubt
 from chainfed_ray.cluster.jobs.cleanup import OF_DISKS
 from chainfed_ray.errors import (
     AnswerRefused,
@@ -190,6 +190,11 @@ def no_database(request: Request, error: Exception) -> JSONResponse:
     """The answer to a request while the database does not answer."""
     _log.error("request %s: the database does not answer: %s", request.scope["state"]["request_id"], error)
     detail = "the database of jobs does not answer; nothing was changed, so it is safe to send the request again"
+    if is_in_doubt(error):
+        detail = (
+            "the database of jobs did not answer a commit, so it is not known whether the request was done; look before you "
+            "send it again (a job that was sent with an Idempotency-Key is queued once, if it is sent again with the same one)"
+        )
     headers = {"Retry-After": _RETRY_SECONDS}
     return problem(request, HTTPStatus.SERVICE_UNAVAILABLE, "database-unavailable", detail, headers=headers)
 

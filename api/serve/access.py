@@ -149,13 +149,14 @@ class Access:
         return None
 
     def _limit_reached(self, identity: Identity) -> LimitReached | None:
-        """Count a request. What its key may not send does not count for the tenant, whose other keys would have to wait."""
+        """Count a request, unless its key or its tenant may not send it: then it counts for neither."""
         if identity.site is not None:  # how much a site sends follows from its orders
             return None
         most = identity.requests_per_minute
         if seconds := self._rules.key_rates.wait_seconds(identity.key, most):
             return LimitReached(f"the key {identity.key}", f"{most} requests a minute", OF_KEY, seconds)
         if seconds := self._rules.rates.wait_seconds(identity.tenant):
+            self._rules.key_rates.give_back(identity.key)
             most = self._rules.rates.per_minute
             return LimitReached(identity.tenant, f"{most} requests a minute", REQUESTS, seconds)
         return None

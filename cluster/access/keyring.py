@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError, TimeoutError
 
 from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.access.keys import Key, KeyStore, parts_of, this_hour
@@ -31,7 +31,7 @@ class KeyRing:
         self._read_at: float | None = None  # when the query began
         self._reading = asyncio.Lock()
         self._state = (0, 0)
-        self._failure: tuple[float, Exception] | None = None  # when a query failed last, and how
+        self._failure: tuple[float, str] | None = None  # of the last query; an error would keep its frames
         self._uses_told: dict[str, str] = {}  # the hour of each key
 
     async def is_open(self) -> bool:
@@ -70,10 +70,8 @@ class KeyRing:
         async with self._reading:
             if self._was_read(since):  # another request did it meanwhile
                 return
-            if (
-                self._failure and self._failure[0] > came
-            ):  # or has failed at it, for all who waited: each try may take long
-                raise self._failure[1]
+            if self._failure and self._failure[0] > came:  # or has failed, for all who waited: each try may take long
+                raise TimeoutError(self._failure[1])
             began = self._clock()
             try:
                 state = await asyncio.to_thread(self._store.state)
@@ -81,9 +79,9 @@ class KeyRing:
                     self._keys = {key.id: key for key in await asyncio.to_thread(self._store.keys)}
                     self._state = state
             except NO_ANSWER as error:
-                self._failure = (self._clock(), error)
+                self._failure = (self._clock(), str(error))
                 raise
-            self._read_at = began
+            self._read_at, self._failure = began, None
 
     def _was_read(self, since: float) -> bool:
         return self._read_at is not None and self._read_at >= since

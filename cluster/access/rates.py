@@ -47,6 +47,11 @@ class Rates:
         bucket.tokens -= 1
         return 0
 
+    def give_back(self, who: str) -> None:
+        """Do not count the request of ``who`` that has just passed: another limit refused it."""
+        if bucket := self._buckets.get(who):
+            bucket.tokens += 1
+
     def _make_room(self, now: float) -> None:
         """Forget those whose buckets are full again: a new bucket is full as well."""
         if len(self._buckets) >= _MOST_KNOWN:

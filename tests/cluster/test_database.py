@@ -6,10 +6,10 @@ from contextlib import closing
 from time import monotonic
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from chainfed_ray.cluster import database, schema
-from chainfed_ray.cluster.database import NO_ANSWER, open_database
+from chainfed_ray.cluster.database import NO_ANSWER, is_in_doubt, open_database
 from chainfed_ray.cluster.jobs.store import JobStore
 from tests import postgres
 from tests.builders import SPEC
@@ -48,6 +48,37 @@ def test_a_server_that_hangs_does_not_answer_and_is_asked_again_when_it_runs(ser
                     return []
 
             assert wait_for(found, "answer", 60) == [job]
+
+
+def test_a_commit_that_is_lost_may_be_done_and_other_statements_are_not(server: postgres.Server) -> None:
+    engine = open_database(server.url, existing=True)
+
+    def make(table: str) -> None:
+        with engine.begin() as connection:
+            connection.execute(text(f"create table {table} (number integer)"))
+
+    def made(table: str) -> bool | None:
+        try:
+            with engine.connect() as connection:
+                return bool(connection.scalar(text("select to_regclass(:name) is not null").bindparams(name=table)))
+        except NO_ANSWER:  # connections that were open are lost
+            return None
+
+    make("first")
+    server.freeze()
+    with pytest.raises(NO_ANSWER) as asked:
+        make("second")
+    assert not is_in_doubt(asked.value)
+    server.thaw()
+    wait_for(lambda: made("first"), "answer", 60)
+    event.listen(engine, "commit", lambda _: server.freeze(), once=True)
+    with pytest.raises(NO_ANSWER) as lost:
+        make("third")
+    assert is_in_doubt(lost.value)
+    server.thaw()
+    wait_for(lambda: made("third"), "table, whose commit the server had got", 60)
+    assert made("second") is False
+    engine.dispose()
 
 
 def test_who_changes_tables_waits_for_another_that_does(server: postgres.Server) -> None:

@@ -67,6 +67,9 @@ def test_what_is_asked_of_a_job_as_it_was_is_refused_once_it_is_another(client: 
     refused = client.post(f"{path}/resume", headers={"If-Match": seen})
     assert refused.json()["type"] == "urn:chainfed:problem:precondition-failed"
     assert ask("resume", client.get(path).headers["etag"]) == 202
+    lines = [("If-Match", client.get(path).headers["etag"]), ("If-Match", '"other"')]
+    assert client.post(f"{path}/pause", headers=lines).status_code == 202
+    assert client.post(f"{path}/resume", headers=[lines[1], ("If-Match", client.get(path).headers["etag"])]).is_success
     assert ask("cancel", "*") == 202
     assert ask("delete", client.get(path).headers["etag"]) == 204
     assert ask("delete", "*") == 404

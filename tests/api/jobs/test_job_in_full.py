@@ -62,6 +62,7 @@ def test_an_answer_is_sent_again_only_if_the_job_has_changed(client: TestClient,
         assert changed(new) is None
         tag = new
     assert client.get(path, headers={"If-None-Match": "*"}).status_code == 304
+    assert client.get(path, headers=[("If-None-Match", '"other"'), ("If-None-Match", tag)]).status_code == 304
 
 
 @pytest.mark.slow

@@ -76,6 +76,25 @@ def test_a_job_that_waits_names_those_before_it(before: int | None, words: str) 
     assert " ".join(console.export_text().split()) == "In the queue." + words
 
 
+class Earlier(Client):
+    """A service with a job that ended while its records were of version 1."""
+
+    def stream_json(self, exchange: Exchange[Any]) -> Iterator[Any]:
+        old = {"version": 1, "classes": ["a"], "admitted": [{"client": "phone-0"}]}
+        for kind, data in (("running", {}), ("started", old), ("round", old), ("finished", old), ("succeeded", {})):
+            yield {"kind": kind, "data": data}
+
+
+def test_of_a_job_whose_records_are_of_an_earlier_version_the_states_are_shown() -> None:
+    console, client = a_console(), Earlier("http://127.0.0.1:1")
+    assert follow(client, "mine", SPEC, console) is None
+    client.close()
+    assert console.export_text().split("\n")[:2] == [
+        "The job starts.",
+        "Its records are of an earlier version: its rounds are not shown.",
+    ]
+
+
 @pytest.mark.parametrize(("job", "status"), [("mine", "running"), ("mine", "cancelled"), ("of long ago", "queued")])
 def test_only_a_job_that_waits_has_any_before_it(job: str, status: str) -> None:
     console, client = a_console(), Queue(3, status)

@@ -426,6 +426,22 @@ def test_a_database_that_does_not_answer_is_waited_for(
     answer = client.get("/v1/jobs/any")
     assert (answer.status_code, answer.json()["type"]) == (503, "urn:chainfed:problem:database-unavailable")
     assert int(answer.headers["retry-after"]) > 0
+    assert "nothing was changed" in answer.json()["detail"]
+
+
+def test_a_commit_that_was_lost_is_not_said_to_have_changed_nothing(
+    client: TestClient, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lost(Exception):
+        is_in_doubt = True
+
+    def lost(*_: Any) -> None:
+        raise OperationalError("commit", None, Lost())
+
+    monkeypatch.setattr(store, "get", lost)
+    answer = client.get("/v1/jobs/any")
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:chainfed:problem:database-unavailable")
+    assert "not known whether the request was done" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,20 @@ def test_a_key_that_asks_too_often_waits_and_its_tenants_others_do_not(store: Jo
     assert "CHAINFED_REQUESTS_PER_MINUTE" in asked[5].json()["detail"], "three of the tenant's were counted"
 
 
+def test_a_request_that_the_tenants_limit_refuses_is_not_counted_for_its_key(store: JobStore, keys: KeyStore) -> None:
+    now = [0.0]
+    rules = AccessRules(KeyRing(keys), "nobody", Rates(60, lambda: now[0]), key_rates=Rates(None, lambda: now[0]))
+    client = TestClient(an_app(store, rules), "http://localhost")
+    limited = keys.make_key("alice", ["read"], requests_per_minute=1)
+    rare, other = {"Authorization": f"Bearer {limited.token}"}, bearer(keys, "alice", "read")
+    assert [client.get("/v1/jobs", headers=other).status_code for _ in range(60)] == [200] * 60
+    refused = client.get("/v1/jobs", headers=rare)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    now[0] = 1.0
+    assert client.get("/v1/jobs", headers=rare).status_code == 200
+    assert client.get("/v1/jobs", headers=rare).headers["retry-after"] == "60", "this one was counted"
+
+
 @pytest.mark.slow
 def test_a_tenant_has_so_many_jobs_in_the_queue(store: JobStore, keys: KeyStore) -> None:
     client = TestClient(an_app(store, AccessRules(KeyRing(keys), "nobody"), most_queued=2), "http://localhost")
