@@ -216,7 +216,8 @@ def read_split(field: str, source: str, split: str, selection: ColumnSelection) 
 def _check_empty(table: Table, beside: str, column: str, source: str) -> None:
     """Check that no row has anything in the column ``beside`` that of the chats."""
     for row, cell in enumerate(table.columns[beside], start=1):
-        said = as_list(cell) if isinstance(cell, str) and as_list(cell) is not None else cell
+        listed = as_list(cell) if isinstance(cell, str) else None
+        said = cell if listed is None else listed
         if said and not (isinstance(said, str) and not said.strip()):
             expected = (
                 f"chats without {beside} beside them, which are not read; row {row} of {source} has {shown(cell)}"

@@ -17,9 +17,8 @@ from chainfed_ray.device.peak import ENVIRONMENT
 from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, NotDone, Order
 
 _END_SECONDS = 5.0
-_SILENCE_SECONDS = (
-    300.0  # without a word of a worker, which says each second how far it is, once it has loaded its libraries
-)
+# Without a word of a worker. Once it has loaded its libraries, it says each second how far it is.
+_SILENCE_SECONDS = 300.0
 _LOOKS = 60  # in that time
 _LOADED = "chainfed_ray.site.worker"
 _WORK = (  # where it is no fork, the worker's own imports would load all of transformers

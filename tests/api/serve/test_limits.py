@@ -103,10 +103,15 @@ def test_a_tenant_that_asks_too_often_waits_and_others_do_not(store: JobStore, k
     assert client.get("/v1/jobs", headers=second).status_code == 200
 
 
+def limiting(store: JobStore, keys: KeyStore, of_tenant: int, now: list[float]) -> TestClient:
+    """A client of an API with a limit for each tenant and those of keys; ``now`` has the time in seconds."""
+    rates, of_keys = Rates(of_tenant, lambda: now[0]), Rates(None, lambda: now[0])
+    rules = AccessRules(KeyRing(keys), "nobody", rates, key_rates=of_keys)
+    return TestClient(an_app(store, rules), "http://localhost")
+
+
 def test_a_key_that_asks_too_often_waits_and_its_tenants_others_do_not(store: JobStore, keys: KeyStore) -> None:
-    now = [0.0]
-    rules = AccessRules(KeyRing(keys), "nobody", Rates(3, lambda: now[0]), key_rates=Rates(None, lambda: now[0]))
-    client = TestClient(an_app(store, rules), "http://localhost")
+    client = limiting(store, keys, 3, [0.0])
     limited = keys.make_key("alice", ["read"], requests_per_minute=1)
     often, other = {"Authorization": f"Bearer {limited.token}"}, bearer(keys, "alice", "read")
     asked = [client.get("/v1/jobs", headers=headers) for headers in (often, often, often, other, other, other)]
@@ -121,8 +126,7 @@ def test_a_key_that_asks_too_often_waits_and_its_tenants_others_do_not(store: Jo
 
 def test_a_request_that_the_tenants_limit_refuses_is_not_counted_for_its_key(store: JobStore, keys: KeyStore) -> None:
     now = [0.0]
-    rules = AccessRules(KeyRing(keys), "nobody", Rates(60, lambda: now[0]), key_rates=Rates(None, lambda: now[0]))
-    client = TestClient(an_app(store, rules), "http://localhost")
+    client = limiting(store, keys, 60, now)
     limited = keys.make_key("alice", ["read"], requests_per_minute=1)
     rare, other = {"Authorization": f"Bearer {limited.token}"}, bearer(keys, "alice", "read")
     assert [client.get("/v1/jobs", headers=other).status_code for _ in range(60)] == [200] * 60
