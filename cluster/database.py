@@ -1,10 +1,11 @@
 """The door to the database of jobs: connections that notice when what they are connected to is no longer there."""
 
+import sqlite3
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +24,7 @@ from chainfed_ray.errors import InvalidSetting
 
 PATIENCE_SECONDS = 30.0  # until what does not answer, or is locked, is taken for away
 CONNECT_SECONDS = 10
+_BETWEEN_TRIES_SECONDS = 0.01
 NO_ANSWER = (OperationalError, InterfaceError, TimeoutError)
 """What is raised if the database does not answer: wait, and ask again."""
 
@@ -72,14 +74,24 @@ def _of_existing(url: URL) -> URL:
 
 def _connected(connection: Any, record: Any, file: Path) -> None:
     """Set SQLite up so that readers do not wait for a writer, writers wait for each other, and commits survive power loss."""
-    for setting in (
-        "journal_mode = wal",
-        "synchronous = full",
-        f"busy_timeout = {1000 * PATIENCE_SECONDS:.0f}",
-        "foreign_keys = on",
-    ):
-        connection.execute(f"pragma {setting}")
+    connection.execute(f"pragma busy_timeout = {1000 * PATIENCE_SECONDS:.0f}")
+    _use_write_ahead_log(connection)
+    connection.execute("pragma synchronous = full")
+    connection.execute("pragma foreign_keys = on")
     record.info["inode"] = _inode(file)
+
+
+def _use_write_ahead_log(connection: Any) -> None:
+    """Turn SQLite's write-ahead log on. While another process does the same, SQLite answers "locked" at once: ask again."""
+    ends = monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            connection.execute("pragma journal_mode = wal")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or monotonic() > ends:
+                raise
+            sleep(_BETWEEN_TRIES_SECONDS)
 
 
 def _connect_to_postgresql(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> Any:

@@ -1,8 +1,9 @@
-"""Promises of the door to PostgreSQL: one that hangs is taken for away, and a change of tables is waited for."""
+"""Promises of the door to the database: one that hangs is taken for away, and what another process does is waited for."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -93,3 +94,18 @@ def test_who_changes_tables_waits_for_another_that_does(server: postgres.Server)
         opened.result(60).dispose()
     assert schema.version_of(other) == schema.VERSIONS[-1]
     other.dispose()
+
+
+def test_connections_that_are_made_at_the_same_moment_to_a_new_file_wait_for_each_other(tmp_path: Path) -> None:
+    """SQLite answers "locked" at once, whatever its time-out, when two connections turn its write-ahead log on together."""
+
+    def use(url: str) -> str:
+        engine = open_database(url, existing=False)
+        with engine.connect() as connection:
+            mode: str = connection.exec_driver_sql("pragma journal_mode").scalar_one()
+        engine.dispose()
+        return mode
+
+    with ThreadPoolExecutor(6) as threads:
+        for index in range(40):
+            assert set(threads.map(use, [f"sqlite:///{tmp_path}/{index}.db"] * 6)) == {"wal"}
