@@ -4,6 +4,7 @@ duration.py adds them up over a job. The layers of a model are alike, so one of 
 is timed in parts: on more and more of its tokens until a part takes long enough, then the rest is extrapolated.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ from chainfed_ray.model.source import ModelSource
 _ENOUGH_SECONDS = 0.4  # CPU time after which a measurement is long enough: clocks and other processes add little to it
 _LONG_SECONDS = 2.0  # CPU time from which a first measurement is not repeated
 _FEWEST_TOKENS = 2  # tokens of the first measurement: a single one would have no next token to predict
-_MORE = 4  # the factor by which the tokens grow from one measurement to the next
-_MANY_MORE = 16  # the factor after a measurement that was long enough, but did not tell what a token takes
+_MORE = 4  # the least factor by which the tokens grow from one measurement to the next
+_MANY_MORE = 16  # about the largest one, where most of the time is what a step takes for any number of tokens
 _DRAWN = 64  # batches drawn to find one of usual size
 
 
@@ -174,8 +175,9 @@ def seconds_of(batch: Examples, timed: _Timed) -> float:
         taken = timed(part)
     fewer, before = 0, Taken(0.0, 0.0)
     while tokens_of(part) < whole and not _tells(taken, before, fewer):
+        growth = _growth(taken, before, tokens_of(part), fewer)
         fewer, before = tokens_of(part), taken
-        tokens = min(tokens * (_MANY_MORE if taken.cpu_seconds > _ENOUGH_SECONDS else _MORE), whole)
+        tokens = min(tokens * growth, whole)
         part = part_of(batch, tokens)
         taken = timed(part)
     slope = max(taken.seconds - before.seconds, 0) / (tokens_of(part) - fewer)
@@ -189,6 +191,19 @@ def _tells(taken: Taken, before: Taken, fewer: int) -> bool:
     """
     much_longer = fewer > 0 and taken.cpu_seconds >= max(_ENOUGH_SECONDS, 2 * before.cpu_seconds)
     return much_longer or taken.cpu_seconds >= _LONG_SECONDS
+
+
+def _growth(taken: Taken, before: Taken, tokens: int, fewer: int) -> int:
+    """The factor by which the tokens of the next measurement are more, so that it tells and takes no longer than it must.
+
+    It tells if it takes twice as long as the one on ``tokens`` tokens, which the time of the further tokens foretells.
+    """
+    if taken.cpu_seconds <= _ENOUGH_SECONDS:
+        return _MORE
+    of_further = max(taken.cpu_seconds - before.cpu_seconds, 0) / (tokens - fewer) * tokens
+    if not fewer or _MANY_MORE * of_further < taken.cpu_seconds:
+        return _MANY_MORE
+    return max(_MORE, math.ceil(1 + taken.cpu_seconds / of_further))
 
 
 def part_of(batch: Examples, tokens: int) -> Examples:

@@ -50,6 +50,18 @@ def test_what_a_step_takes_anyway_is_not_taken_for_its_tokens() -> None:
     assert max(asked) == 16 * 24
 
 
+def test_no_more_is_measured_than_tells() -> None:
+    """A measurement that is long enough, and nearly tells, is followed by one that is somewhat longer: not by the whole."""
+    asked = list[int]()
+
+    def work(part: Examples) -> Taken:
+        asked.append(tokens_of(part))
+        return Taken(*[0.3 + 0.003 * tokens_of(part)] * 2)
+
+    assert seconds_of(a_batch(*[64] * 64), work) == pytest.approx(0.3 + 0.003 * 64 * 64)
+    assert max(asked) == 512
+
+
 def test_a_part_is_of_the_longest_examples_and_goes_over_all_of_one() -> None:
     batch = a_batch(3, 20, 11)
     assert part_of(batch, 40).lengths.tolist() == [20, 11]

@@ -26,6 +26,12 @@ class Keeping(LocalFileSystem):  # type: ignore[misc]
     cut = 0  # connections that break when they are asked next
     away = False
 
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        """Earlier fsspec takes only ``file://`` off, so that the files would lie in a folder ``keeping:`` of this one."""
+        own = f"{cls.protocol}://"
+        return super()._strip_protocol(path.removeprefix(own) if isinstance(path, str) else path)
+
     def open(self, path: str, mode: str = "rb", **how: Any) -> Any:
         self.ask()
         return super().open(path, mode, **how)
