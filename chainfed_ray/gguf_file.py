@@ -30,6 +30,7 @@ from chainfed_ray.block_forms import FORMS, to_metadata
 from chainfed_ray.cache_folder import made_once, shortened, writing
 from chainfed_ray.errors import PackageMissing, UnsupportedModel
 from chainfed_ray.problem import some_of
+from chainfed_ray.reading import reading_from
 
 # Of the format (gguf.md in ggml's documents): the bytes of each type of value but texts and lists, and what else is needed.
 _VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -53,17 +54,15 @@ def converted(file: Path) -> Path:
     """
     if find_spec("gguf") is None:
         raise PackageMissing(f"the model in {file.name}", "gguf", "smollm2")
-    try:
+    with reading_from(str(file), lambda error: UnsupportedModel(str(file), _why(error))):
         name = f"{shortened(file.stem)}-v{_CONVERSION}-{_identity(file)}"
-    except OSError as error:
-        raise UnsupportedModel(str(file), error.strerror or type(error).__name__) from None
     return made_once(name, lambda folder: _convert(file, folder))
 
 
 def _convert(file: Path, folder: Path) -> None:
     from gguf import GGUFReader
 
-    try:
+    with reading_from(str(file), lambda error: UnsupportedModel(str(file), _why(error))):
         said = _checked(file)
         with _alone(file) as place:
             model, tokenizer = _read(place)
@@ -74,9 +73,6 @@ def _convert(file: Path, folder: Path) -> None:
         # Those of GPT-2 are transposed in memory, which safetensors does not notice in arrays.
         own = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
         blocks = _blocks(reader, model, own)
-    except Exception as error:  # a file may hold anything, and so may what its reader raises
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UnsupportedModel(str(file), reason) from None
     shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
     folder.mkdir()
     with writing():
@@ -90,6 +86,11 @@ def _convert(file: Path, folder: Path) -> None:
         kept = {name: blocks[name][1] if name in blocks else tensor.numpy() for name, tensor in own.items()}
         forms = to_metadata({name: form for name, (form, _) in blocks.items()})
         in_numpy.save_file(kept, path, {"format": "pt"} | forms)
+
+
+def _why(error: Exception) -> str:
+    words = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)
 
 
 def _checked(file: Path) -> dict[str, Value]:

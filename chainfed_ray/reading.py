@@ -1,19 +1,38 @@
-"""What jobs may read on the machines of a service: folders of data, folders of models, and repositories of the hub.
+"""What jobs may read on the machines of a service, and whose fault it is if that cannot be read.
+
+There are folders of data, folders of models, and repositories of the hub.
 
 A job names what it reads, and a service runs jobs of others. The process that prepares such a job holds the job's rules
 meanwhile (``reading_by``). What is opened is looked at then, and not when the job was sent: what a path leads to may change.
 """
 
+import errno
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from chainfed_ray.errors import ChainFedError
+
+OF_FULL_DISKS = (errno.EDQUOT, errno.ENOSPC)
+"""What the operating system says of a disk that is full. It may come while a little can still be written."""
+OF_ABSENT_DISKS = (
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENODEV, errno.ENOTCONN),
+    *(errno.ENXIO, errno.ESHUTDOWN, errno.ETIMEDOUT),
+)
+"""The same of one that is gone, or behind a network whose other end does not answer."""
+OF_DISKS = (
+    *OF_FULL_DISKS,
+    *OF_ABSENT_DISKS,
+    *(errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EIO, errno.EROFS, errno.ESTALE),
+)
+"""All that it says of disks that do not work. They come back, so they are waited for. The rest is of what was named."""
+_OF_RUST = re.compile(r"\(os error (\d+)\)$")  # how libraries in Rust end the words of an error of the system
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has in place of one that it did not fetch
 NF4 = "#nf4"  # ends the name of a base model whose matrices are read in NF4, as in ``hf:org/name#nf4``
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -141,14 +160,81 @@ def within(path: Path, roots: tuple[Path, ...]) -> Path:
 
     Raises:
         NotAllowed: it is in none of them.
+        OSError: it is in one that is empty or missing. That is how the folder looks on which a disk is not mounted.
     """
     try:
         found = path.resolve()
-        if any(found.is_relative_to(root.resolve()) for root in roots):
-            return found
+        root = next((root for root in roots if found.is_relative_to(root.resolve())), None)
     except (OSError, RuntimeError, ValueError):  # links in a circle, a folder that may not be read, a null character
-        pass
-    raise NotAllowed
+        root = None
+    if root is None:
+        raise NotAllowed
+    if not found.exists() and not _has_anything(root):
+        raise OSError(errno.ENODEV, "nothing is there, as if its disk was not mounted", str(root))
+    return found
+
+
+def _has_anything(root: Path) -> bool:
+    try:
+        with os.scandir(root) as entries:
+            return next(entries, None) is not None
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def trouble_behind(error: BaseException) -> OSError | None:
+    """The trouble of a disk or a connection that is behind ``error``; None if there is none."""
+    behind: BaseException | None = error
+    while behind:
+        if isinstance(behind, OSError) and behind.errno in OF_DISKS:
+            return behind
+        if (found := _OF_RUST.search(str(behind))) and int(found[1]) in OF_DISKS:
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+        behind = behind.__cause__ or behind.__context__
+    return None
+
+
+@contextmanager
+def reading_from(source: str, refusal: Callable[[Exception], ChainFedError]) -> Iterator[None]:
+    """Tell apart what goes wrong while a block reads ``source``, which a user has named. Whatever reads for a job does it here.
+
+    What was named may be anything, and so may what its reader raises: that is the user's to mend, and ``refusal`` says so. A
+    disk or a connection that does not work is nobody's mistake. It is waited for, or the user is asked to come again.
+
+    Raises:
+        ChainFedError: the ``refusal``, or an error of ours that the block raised.
+        OSError: a disk or a connection does not work.
+        MemoryError: there is not enough memory.
+        NotAllowed: the rules do not allow it.
+    """
+    try:
+        yield
+    except (ChainFedError, MemoryError, NotAllowed):
+        raise
+    except Exception as error:
+        if trouble := trouble_behind(error):
+            trouble.filename = trouble.filename or source
+            raise trouble from None
+        if isinstance(error, TimeoutError | ConnectionError):
+            raise
+        raise refusal(error) from None
+
+
+def try_to_read(path: Path) -> None:
+    """Read a little of a file, or of each file in a folder, if something is there, and the rules allow data or a model to be.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if _rules.data_roots is not None and _rules.model_roots is not None:
+        try:
+            path = within(path, (*_rules.data_roots, *_rules.model_roots))
+        except NotAllowed:
+            return
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                opened.read(1)
 
 
 def _ordinary(path: Path) -> Path:

@@ -1,8 +1,26 @@
 """Promises of the reading rules: a job reads what is in its folders, whatever its paths lead to, and learns of nothing else."""
 
+import importlib
+import io
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from errno import (
+    EACCES,
+    EHOSTDOWN,
+    EINVAL,
+    EIO,
+    ENAMETOOLONG,
+    ENODEV,
+    ENOTCONN,
+    EPERM,
+    ESTALE,
+    ETIMEDOUT,
+)
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,8 +28,21 @@ from hypothesis import strategies as st
 
 from chainfed_ray.data.sources import read_table
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
-from chainfed_ray.hub import resolve
-from chainfed_ray.reading import EVERYTHING, NotAllowed, ReadingRules, check_repository, data_file, reading_by
+from chainfed_ray.hub import configuration, resolve, tokenizer
+from chainfed_ray.model.source import check_generation
+from chainfed_ray.planning.base_model import about_the_model
+from chainfed_ray.reading import (
+    EVERYTHING,
+    OWN_UPLOAD,
+    NotAllowed,
+    ReadingRules,
+    UploadedFile,
+    check_repository,
+    data_file,
+    reading_by,
+    reading_from,
+    try_to_read,
+)
 from chainfed_ray.streaming.checkpoint import Checkpoint
 
 ROWS = "text\na\nb\n"
@@ -101,6 +132,146 @@ def test_the_file_that_was_looked_at_is_the_one_that_is_read(roots: tuple[Path, 
 def test_what_is_missing_in_a_root_may_be_told(roots: tuple[Path, Path]) -> None:
     inside, _ = roots
     assert "a file or folder that exists" in refusal(f"path:{inside}/none.csv")
+
+
+def test_a_root_that_is_empty_or_missing_is_a_disk_that_is_away(roots: tuple[Path, Path]) -> None:
+    """Whoever named a file in it made no mistake. Beside it, and beside other roots, everything is as before."""
+    inside, outside = roots
+    (inside / "rows.csv").unlink()
+    for _ in range(2):
+        for key, read in (("data.train", partial(read_table, "data.train")), ("model.base", resolve)):
+            ask = partial(read, f"path:{inside}/rows.csv", *(["train"] if key == "data.train" else []))
+            with pytest.raises(OSError, match="not mounted") as away:
+                ask()
+            assert (away.value.errno, away.value.filename) == (ENODEV, str(inside)), key
+        assert "CHAINFED_DATA_ROOTS" in refusal(f"path:{outside}/none.csv")
+        if inside.exists():
+            inside.rmdir()
+    with reading_by(ReadingRules((outside, inside))):
+        assert "a file or folder that exists" in refusal(f"path:{outside}/none.csv")
+
+
+AWAY = [EIO, ETIMEDOUT, EHOSTDOWN, ENOTCONN, ESTALE, ENODEV]
+OF_THE_USER = [EACCES, EPERM, ENAMETOOLONG, EINVAL]
+WAYS_IN = ("os.open", "os.stat", "os.scandir", "io.open", "builtins.open")
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], None]:
+    """Let one of the ways into a folder raise an error of the system with a number."""
+
+    def fail(number: int, way: str) -> None:
+        for name in WAYS_IN:
+            module, _, function = name.partition(".")
+            before = getattr(importlib.import_module(module), function)
+
+            def instead(
+                path: Any = ".", *rest: Any, before: Any = before, fails: bool = name == way, **more: Any
+            ) -> Any:
+                if fails and isinstance(path, str | Path) and str(path).startswith(str(tmp_path)):
+                    raise OSError(number, os.strerror(number))
+                return before(path, *rest, **more)
+
+            monkeypatch.setattr(name, instead)
+
+    return fail
+
+
+@pytest.mark.parametrize("way", ["os.stat", "io.open"])
+@pytest.mark.parametrize("number", AWAY + OF_THE_USER)
+def test_a_disk_that_does_not_work_is_told_from_a_mistake(
+    number: int, way: str, tmp_path: Path, failing: Callable[[int, str], None], tiny_model_folder: Path
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(ROWS)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, model)
+    pairs: list[tuple[str, Callable[[], object]]] = [
+        ("data.train", lambda: read_table("data.train", f"path:{rows}", "train")),
+        ("model.base", lambda: configured(f"path:{model}")),
+    ]
+    failing(number, way)
+    for field, read in pairs:
+        if number in AWAY:
+            with pytest.raises(OSError, match=re.escape(os.strerror(number))) as away:
+                read()
+            assert (away.value.errno, str(tmp_path) in str(away.value.filename)) == (number, True), field
+        else:
+            with pytest.raises(InvalidJob) as refused:
+                read()
+            assert refused.value.problems[0].field == field
+
+
+def configured(base: str) -> None:
+    with about_the_model(base):
+        configuration(resolve(base))
+
+
+@pytest.mark.parametrize("number", [EIO, EACCES])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "tokenizer_config.json", "config.json", "generation_config.json"]
+)
+def test_so_it_is_with_each_file_of_a_model(
+    file: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    (folder / "generation_config.json").write_text("{}")
+    opened, os_open = io.open, os.open
+
+    def instead(path: Any, *rest: Any, of: Any, **more: Any) -> Any:
+        if isinstance(path, str | Path) and Path(path) == folder / file:
+            raise OSError(number, os.strerror(number))
+        return of(path, *rest, **more)
+
+    monkeypatch.setattr("io.open", partial(instead, of=opened))
+    monkeypatch.setattr("builtins.open", partial(instead, of=opened))
+    monkeypatch.setattr("os.open", partial(instead, of=os_open))
+
+    def read() -> None:
+        with about_the_model(f"path:{folder}"):
+            tokenizer(f"path:{folder}", folder)
+            configuration(folder)
+            check_generation(folder)
+            Checkpoint(folder).close()
+
+    with pytest.raises(OSError if number == EIO else InvalidJob) as raised:
+        read()
+    if number == EIO:
+        assert isinstance(raised.value, OSError)
+        assert raised.value.errno == EIO
+
+
+def test_what_a_library_in_rust_says_of_a_disk_is_read_as_well() -> None:
+    own = partial(reading_from, "path:model", lambda error: UnsupportedModel("model", str(error)))
+    with pytest.raises(OSError, match="Input/output error") as raised, own():
+        raise RuntimeError("I/O error: Input/output error (os error 5)")
+    assert (raised.value.errno, raised.value.filename) == (EIO, "path:model")
+    for words in ("No such file or directory (os error 2)", "it says (os error 5) of itself"):
+        with pytest.raises(UnsupportedModel, match="os error"), own():
+            raise RuntimeError(words)
+
+
+def test_the_bytes_of_an_upload_that_are_gone_are_no_mistake_of_whoever_names_it(tmp_path: Path) -> None:
+    with reading_by(ReadingRules(uploads={"one": UploadedFile("rows.csv", tmp_path / "one")})):
+        with pytest.raises(OSError, match="the bytes of the upload are not there"):
+            read_table("data.train", "upload:one", "train")
+        assert OWN_UPLOAD in refusal("upload:two")
+
+
+def test_what_a_job_reads_can_be_tried(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "rows.csv").write_text(ROWS)
+    try_to_read(outside / "none.csv")  # that is not the trouble of a disk
+    with reading_by(ReadingRules((inside,), ())):
+        try_to_read(inside / "rows.csv")
+        try_to_read(inside)
+        try_to_read(outside / "none.csv")
+        (inside / "rows.csv").unlink()
+        with pytest.raises(OSError, match="not mounted"):
+            try_to_read(inside / "rows.csv")
 
 
 def test_models_are_in_their_roots_with_all_their_files(roots: tuple[Path, Path]) -> None:

@@ -12,10 +12,10 @@ from chainfed_ray.api.rest.schemas import RequestBody, example
 from chainfed_ray.api.rest.service import Caller, CallerGone, Uploads, WithService
 from chainfed_ray.cluster.files.upload_bytes import Arriving
 from chainfed_ray.cluster.files.uploads import Upload
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.storage import UPLOAD_BYTES
 from chainfed_ray.errors import PartUnavailable
+from chainfed_ray.reading import OF_DISKS
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=StrictRoute)
 

@@ -15,7 +15,6 @@ from starlette.routing import Match
 from chainfed_ray.api.rest.schemas import FieldProblem, OpenAIError, ProblemDetails
 from chainfed_ray.api.rest.service import CallerGone
 from chainfed_ray.cluster.database import NO_ANSWER, is_in_doubt
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS
 from chainfed_ray.errors import (
     AnswerRefused,
     ArtifactNotFound,
@@ -34,6 +33,7 @@ from chainfed_ray.errors import (
     UploadNotFound,
 )
 from chainfed_ray.problem import MISSING, Problem
+from chainfed_ray.reading import OF_DISKS
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID = "x-request-id"

@@ -21,6 +21,7 @@ from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.cluster.tracing import begin_tracing, flush, open_span
 from chainfed_ray.device.memory_limit import machine_bytes
 from chainfed_ray.errors import ChainFedError, PartUnavailable
+from chainfed_ray.reading import trouble_behind
 from chainfed_ray.serving.messages import ModelKey, Piece, Prompt, Question, Sampling, Work, joined
 
 _log = logging.getLogger(__name__)
@@ -111,6 +112,8 @@ class Inference:
         except (GeneratorExit, asyncio.CancelledError):  # nobody wants the rest
             failed = False
             raise
+        except OSError as error:
+            raise _picklable(error) from error
         finally:
             cancelled.set()
             span.end(failed=failed)
@@ -128,6 +131,8 @@ def _picklable(found: Any) -> Any:
     if not isinstance(found, BaseException) or isinstance(found, ChainFedError):
         return found
     _log.error("a question was not answered", exc_info=found)
+    if trouble := trouble_behind(found):
+        return PartUnavailable("the disk of the model", f"does not answer ({trouble.strerror})", _RETRY_SECONDS)
     return RuntimeError(f"{type(found).__name__}: {found}")
 
 

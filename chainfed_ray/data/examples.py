@@ -15,9 +15,10 @@ from chainfed_ray.data.choices import Choices, read_choices
 from chainfed_ray.data.sources import ColumnSelection, Corpus, Split, check_labels, hold_out, load, read_split, said_in
 from chainfed_ray.data.targets import learnable, packed, tokenize_texts
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts, Examples, tokenize
-from chainfed_ray.errors import ChainFedError, InvalidJob
-from chainfed_ray.hub import first_line
+from chainfed_ray.errors import InvalidJob
+from chainfed_ray.hub import kind_and_line
 from chainfed_ray.problem import Problem
+from chainfed_ray.reading import reading_from
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import DataSpec
@@ -85,13 +86,12 @@ def about_the_rows(data: DataSpec) -> Iterator[None]:
         MemoryError: there is not enough memory for them.
         OSError: a disk or a connection has trouble, which is no fault of the rows.
     """
-    try:
+
+    def refusal(error: Exception) -> InvalidJob:
+        return InvalidJob.at("data.train", data.train, f"rows that can be used ({kind_and_line(error)})")
+
+    with reading_from(data.train or "the rows", refusal):
         yield
-    except (ChainFedError, MemoryError, OSError):
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise InvalidJob.at("data.train", data.train, f"rows that can be used ({reason})") from None
 
 
 def _examples_of(

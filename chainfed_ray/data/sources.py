@@ -16,7 +16,7 @@ from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path, read_u
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import hub_is_reachable
 from chainfed_ray.problem import some_of
-from chainfed_ray.reading import OWN_UPLOAD, NotAllowed, check_repository
+from chainfed_ray.reading import OWN_UPLOAD, NotAllowed, check_repository, reading_from
 from chainfed_ray.spec.sections import DataSpec
 
 _FORMS = "builtin:docstrings, path:<file or folder>, upload:<id> or hf:<dataset>[:<configuration>][@<revision>]"
@@ -103,6 +103,7 @@ def load(
 
     Raises:
         InvalidJob: a source cannot be read, or its rows cannot be used.
+        OSError: a disk or a connection does not work.
     """
     selection = ColumnSelection(spec.columns, spec.label if classes else None, column)
     train = Split((), ()) if spec.train is None else read_split("data.train", spec.train, "train", selection)
@@ -146,6 +147,7 @@ def read_table(field: str, source: str, split: str, wanted: Collection[str] | No
 
     Raises:
         InvalidJob: the source cannot be read, or it has no rows.
+        OSError: a disk or a connection does not work.
     """
     scheme, _, name = source.partition(":")
     if source == "builtin:docstrings":
@@ -197,6 +199,7 @@ def read_split(field: str, source: str, split: str, selection: ColumnSelection) 
 
     Raises:
         InvalidJob: the source cannot be read, or it has no rows, or they lack a column or a value.
+        OSError: a disk or a connection does not work.
     """
     wanted = {name for _, name in selection.columns}
     beside = set(_OF_CHATS) - wanted if selection.texts[0][0] == "data.messages" else set()
@@ -265,18 +268,21 @@ def _any_texts(table: Table, selection: ColumnSelection, source: str) -> tuple[T
 
 def _read_file(field: str, source: str, read: Callable[[], Table], allowed: str) -> Table:
     """What ``read`` gives. ``allowed`` says in words what the rules of this process allow it to read."""
+
+    def refusal(error: Exception) -> InvalidJob:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        expected = reason if isinstance(error, ValueError) else f"a readable {FORMS} ({reason})"
+        return InvalidJob.at(field, source, expected)
+
     try:
-        return read()
+        with reading_from(source, refusal):
+            return read()
     except NotAllowed:
         raise InvalidJob.at(field, source, allowed) from None
     except MemoryError:
         raise InvalidJob.at(
             field, source, "rows that fit into the memory that a process may take to read them"
         ) from None
-    except Exception as error:  # a file may be anything, and so may be what its reader raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        expected = reason if isinstance(error, ValueError) else f"a readable {FORMS} ({reason})"
-        raise InvalidJob.at(field, source, expected) from None
 
 
 def _read_hub(field: str, source: str, name: str, split: str, wanted: Collection[str] | None) -> Table:
@@ -291,9 +297,11 @@ def _read_hub(field: str, source: str, name: str, split: str, wanted: Collection
     offline = os.environ.get("HF_DATASETS_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
     if not offline and not hub_is_reachable():
         raise InvalidJob.at(field, source, "a network, or HF_HUB_OFFLINE=1 and a data set that was downloaded before")
-    try:
+
+    def refusal(error: Exception) -> InvalidJob:  # of the hub, or of the data set's builder
+        reason = " ".join(str(error).split())
+        return InvalidJob.at(field, source, f"a data set on the hub with a {split} split ({reason})")
+
+    with reading_from(source, refusal):
         rows = datasets.load_dataset(repository, configuration or None, split=split, revision=revision or None)
         return from_arrow(rows.with_format("arrow")[:], wanted)
-    except Exception as error:  # errors of the hub, the data set's builder or the file system
-        reason = " ".join(str(error).split())
-        raise InvalidJob.at(field, source, f"a data set on the hub with a {split} split ({reason})") from None

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from errno import EIO
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -123,6 +124,8 @@ def read_upload(upload: str, wanted: Collection[str] | None = None) -> Table:
     form = _form(Path(name))
     if form is None:
         raise ValueError(f"a {FORMS}")
+    if not path.exists():  # it is complete, so that is not its owner's mistake
+        raise OSError(EIO, "the bytes of the upload are not there", str(path))
     return _read_as(form, path, name.lower().endswith(".gz"), wanted)
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load, save
 
 from chainfed_ray.errors import CorruptCommit
 from chainfed_ray.model.adapters import LORA_SCALE, AdapterStack, Tensors
-from chainfed_ray.reading import NF4
+from chainfed_ray.reading import NF4, trouble_behind
 from chainfed_ray.record import VERSION
 
 PEFT_TYPE, LORA = "CHAINFED", "LORA"
@@ -254,6 +254,8 @@ def load_stack(folder: Path) -> SavedStack:
             and saved.tensors().keys() == tensors.keys()
         )
     except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        if trouble := trouble_behind(error):
+            raise trouble from None
         raise CorruptCommit(
             str(folder), f"it holds no stack that can be read ({type(error).__name__}: {error})"
         ) from None

@@ -14,7 +14,7 @@ from chainfed_ray.errors import InvalidJob, PackageMissing, UnsupportedModel, ho
 from chainfed_ray.hub import configuration, one_line, read_object, resolve
 from chainfed_ray.model.trunk import find_layers
 from chainfed_ray.problem import shown
-from chainfed_ray.reading import NF4
+from chainfed_ray.reading import NF4, reading_from
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.nf4_folder import FEWEST_ROWS, in_nf4
 
@@ -98,11 +98,13 @@ def check_generation(folder: Path) -> None:
     file = folder / "generation_config.json"
     if not file.exists():
         return
-    try:
+
+    def refusal(error: Exception) -> UnsupportedModel:
+        return UnsupportedModel(str(folder), f"its {file.name} cannot be used ({one_line(error)})")
+
+    with reading_from(str(file), refusal):
         said = read_object(file).get("eos_token_id")  # transformers leaves out a file that is no JSON, without a word
         GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a file may hold anything, and so may what its reader raises
-        raise UnsupportedModel(str(folder), f"its {file.name} cannot be used ({one_line(error)})") from None
     for token in said if isinstance(said, list) else [] if said is None else [said]:
         if type(token) is not int:
             reason = f"its {file.name} has {shown(token)} for eos_token_id; expected the ids of tokens"

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from chainfed_ray.errors import ChainFedError, UnsupportedModel
-from chainfed_ray.hub import configuration, first_line
+from chainfed_ray.errors import UnsupportedModel
+from chainfed_ray.hub import configuration, kind_and_line
+from chainfed_ray.reading import reading_from
 from chainfed_ray.streaming.blank_model import BlankModel, blank_model, copy_of
 from chainfed_ray.streaming.checkpoint import Checkpoint
 from chainfed_ray.streaming.embeddings import RowTable, embedding_tables
@@ -205,13 +206,9 @@ class Trunk:
         Raises:
             UnsupportedModel: with the error in words.
         """
-        try:
+        folder, what = str(self.folder), f"{self.family} {trouble}"
+        with reading_from(folder, lambda error: UnsupportedModel(folder, f"{what} ({kind_and_line(error)})")):
             yield
-        except ChainFedError:
-            raise
-        except Exception as error:
-            reason = f"{self.family} {trouble} ({type(error).__name__}: {first_line(error)})"
-            raise UnsupportedModel(str(self.folder), reason) from error
 
     def _placeholder_ids(self, mask: Tensor) -> Tensor:
         """Token ids with padding where ``mask`` is 0: some families find positions by the padding token."""

@@ -10,12 +10,13 @@ from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
-from chainfed_ray.hub import first_line
+from chainfed_ray.hub import kind_and_line
 from chainfed_ray.model.adapters import LoraShapes
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
 from chainfed_ray.model.source import ModelSource, check_generation
 from chainfed_ray.problem import Problem, some_of
+from chainfed_ray.reading import reading_from
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import AdapterSpec, ChainSpec
 
@@ -67,16 +68,17 @@ def about_the_model(base: str) -> Iterator[None]:
 
     Raises:
         InvalidJob: with the cause in words.
+        OSError: a disk or a connection does not work.
     """
+
+    def refusal(error: Exception) -> InvalidJob:
+        return InvalidJob.at("model.base", base, f"a model that can be streamed ({kind_and_line(error)})")
+
     try:
-        yield
-    except InvalidJob:
-        raise
+        with reading_from(base, refusal):
+            yield
     except UnsupportedModel as error:
         raise InvalidJob.at("model.base", base, f"a model that can be streamed ({error.reason})") from None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise InvalidJob.at("model.base", base, f"a model that can be streamed ({reason})") from None
 
 
 def _check_head(base: str, blocks: Blocks) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from chainfed_ray.block_forms import FORMS, from_metadata
 from chainfed_ray.errors import UnsupportedModel
-from chainfed_ray.reading import LFS_POINTER
+from chainfed_ray.reading import LFS_POINTER, reading_from
 from chainfed_ray.streaming.dequantize import AT_ONCE, dequantizing_bytes, to_values
 
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors' own reader has it
@@ -54,6 +54,7 @@ class Checkpoint:
 
     Raises:
         UnsupportedModel: the folder has no such file, or its bytes are not a safetensors file.
+        OSError: the disk does not work.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -186,7 +187,14 @@ class Checkpoint:
             os.close(self._files.pop())
 
     def _open(self, path: Path) -> None:
-        try:
+
+        def refusal(error: Exception) -> UnsupportedModel:
+            if isinstance(error, OSError):
+                return UnsupportedModel(str(path), f"{path.name} cannot be read ({error.strerror})")
+            reason = f"{error}" if type(error) is ValueError else f"has a broken header ({error!r})"
+            return UnsupportedModel(str(path), f"{path.name} {reason}")
+
+        with reading_from(str(path), refusal):
             if not path.is_file():  # to open a pipe would wait for whoever writes into it
                 raise ValueError("is no file" if path.exists() else "is missing")
             self._files.append(file := os.open(path, os.O_RDONLY))
@@ -194,13 +202,6 @@ class Checkpoint:
             forms = from_metadata(header.pop("__metadata__", {}))
             tensors = {name: _tensor(name, item) for name, item in header.items()}
             _check_places(tensors, os.fstat(file).st_size - start)
-        except OSError as error:
-            raise UnsupportedModel(str(path), f"{path.name} cannot be read ({error.strerror})") from None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = (
-                f"{path.name} {error}" if type(error) is ValueError else f"{path.name} has a broken header ({error!r})"
-            )
-            raise UnsupportedModel(str(path), reason) from None
         for name, (dtype, shape, begin, end) in tensors.items():
             if name in self._entries:
                 raise UnsupportedModel(
@@ -318,6 +319,12 @@ def _within(ranges: tuple[_Range, ...], start: int, size: int) -> Iterator[_Rang
         start = max(start - length, 0)
 
 
+def _no_index(file: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{file.name} cannot be read ({error.strerror})"
+    return f"{file.name} is not the index of a checkpoint"
+
+
 def shards(folder: Path) -> list[Path]:
     """The files of the checkpoint in ``folder``. They need not be there.
 
@@ -328,11 +335,9 @@ def shards(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        try:
+        with reading_from(str(index), lambda error: UnsupportedModel(str(folder), _no_index(index, error))):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             elsewhere = [name for name in names if Path(name).name != name or name in ("", "..")]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise UnsupportedModel(str(folder), f"{index.name} is not the index of a checkpoint") from None
         if elsewhere:
             raise UnsupportedModel(str(folder), f"its index names {elsewhere[0]!r}, which is no file of this folder")
         return [folder / name for name in names]

@@ -20,6 +20,7 @@ from torch import Tensor
 from chainfed_ray.block_forms import FORMS, to_metadata
 from chainfed_ray.cache_folder import cache_folder, made_once, shortened
 from chainfed_ray.errors import PackageMissing, UnsupportedModel
+from chainfed_ray.reading import reading_from
 from chainfed_ray.streaming.checkpoint import DTYPES, Checkpoint, shards
 
 SHARD_BYTES = 2**26  # of a file that is written; a tensor with more has a file of its own
@@ -96,10 +97,10 @@ def _copied(folder: Path) -> list[Path]:
 
 
 def _copy(file: Path, to: Path) -> None:
-    try:
+    with reading_from(
+        str(file), lambda error: UnsupportedModel(str(file.parent), f"{file.name} cannot be read ({error})")
+    ):
         opened = file.open("rb")
-    except OSError as error:  # of the model's files, not of the disk that is written to
-        raise UnsupportedModel(str(file.parent), f"{file.name} cannot be read ({error.strerror})") from None
     with opened, to.open("wb") as written:
         shutil.copyfileobj(opened, written)
 

@@ -6,7 +6,7 @@ The controller does this too. It imports no torch, so that the process of the co
 import logging
 import os
 from contextlib import suppress
-from errno import EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE
+from errno import ENOTCONN
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,6 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import ChainFedError, CoordinatorLost
 from chainfed_ray.records.first_cause import FirstCause
 
-OF_DISKS = (EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE)
-"""What the operating system says of a disk that is full, read-only or gone. It comes back, so it is waited for."""
-OF_FULL_DISKS = (EDQUOT, ENOSPC)
-"""Those of a disk that is full. They may come while a little can still be written."""
 _DEATHS = 5  # after this many deaths of its coordinator without a finished round, a job fails
 
 _log = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ from time import sleep
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.objects.working_copy import WorkingCopy
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.reading import OF_DISKS
 from chainfed_ray.records.commit_log import CommitLog
 
 _RETRY_SECONDS = 5.0  # until the storage is asked again

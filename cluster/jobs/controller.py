@@ -15,13 +15,14 @@ from typing import Protocol
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, clean_up, described, fail, has_died_too_often, note_bytes
+from chainfed_ray.cluster.jobs.cleanup import clean_up, described, fail, has_died_too_often, note_bytes
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.client_memory import check_fits, memory_at_once, why_it_waits
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.structured_logs import about
 from chainfed_ray.cluster.tables import AT_WORK, FINISHED, JobRecord
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.reading import OF_DISKS
 
 _INTERVAL_SECONDS = 0.5  # between two steps
 _DATABASE_RETRY_SECONDS = 5.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from chainfed_ray.cluster.files.upload_sources import FilesOf, no_files, rules_of_job
 from chainfed_ray.cluster.jobs.checking import Checkers, plain, too_large
@@ -22,7 +22,7 @@ from chainfed_ray.cluster.tracing import span
 from chainfed_ray.device.memory_limit import memory_limit
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
 from chainfed_ray.problem import Problem
-from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
+from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by, trouble_behind
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
 
@@ -79,7 +79,7 @@ class Preflight:
         Raises:
             InvalidJob: the job cannot run.
             ServiceBusy: there are too many checks already.
-            PartUnavailable: the check took too long, or its process died.
+            PartUnavailable: the check took too long, or its process died, or a disk that the job reads does not work.
         """
         rules = await self._rules_for(spec, reads_anything, tenant)
         most, seconds = self._limits.most_bytes, self._limits.check_seconds
@@ -95,7 +95,7 @@ class Preflight:
         Raises:
             InvalidJob: the job cannot run, whichever clients join.
             ServiceBusy: there are too many dry runs already.
-            PartUnavailable: the dry run took too long, or its process died.
+            PartUnavailable: the dry run took too long, or its process died, or a disk that the job reads does not work.
         """
         rules = await self._rules_for(spec, reads_anything, tenant)
         async with self._place(tenant):
@@ -157,6 +157,9 @@ def _named(what: str, seconds: float) -> Iterator[None]:
     except TimeoutError:
         raise PartUnavailable(what, f"took longer than {seconds:g} s", _RETRY_SECONDS) from None
     except RayError as error:
+        if isinstance(error, RayTaskError) and (trouble := trouble_behind(error.cause)):
+            disk = f"the disk with {trouble.filename}" if trouble.filename else "a disk that the job reads"
+            raise PartUnavailable(disk, f"does not answer ({trouble.strerror})", _RETRY_SECONDS) from error
         raise PartUnavailable(what, f"ended ({type(error).__name__})", _RETRY_SECONDS) from error
 
 

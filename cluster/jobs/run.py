@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from errno import ENOTCONN
+from itertools import chain
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -19,7 +20,7 @@ from chainfed_ray.cluster.files.job_log import WITHHELD, JobLog
 from chainfed_ray.cluster.files.upload_sources import rules_of_job
 from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
-from chainfed_ray.cluster.jobs.cleanup import OF_DISKS, OF_FULL_DISKS, clean_up, described, fail, note_bytes
+from chainfed_ray.cluster.jobs.cleanup import clean_up, described, fail, note_bytes
 from chainfed_ray.cluster.jobs.commits import Commits, wait_for
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
@@ -32,7 +33,16 @@ from chainfed_ray.export.cards import write_cards
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, run_job
 from chainfed_ray.planning.sites import Sites
-from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by
+from chainfed_ray.reading import (
+    EVERYTHING,
+    OF_ABSENT_DISKS,
+    OF_DISKS,
+    OF_FULL_DISKS,
+    ReadingRules,
+    reading_by,
+    trouble_behind,
+    try_to_read,
+)
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.first_cause import first_cause
@@ -41,8 +51,10 @@ from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
-_BROKEN_TRIES = 5  # after so many without a round in between, where no other trouble of the disk is seen, a job fails
-_RETRY_SECONDS = 5.0  # until a database, or a disk, is asked again
+_BROKEN_TRIES = 8  # after so many without a round in between, where no other trouble of the disk is seen, a job fails
+_RETRY_SECONDS = (
+    5.0  # until a database, or a disk, is asked again; twice as long after each of those tries: 11 minutes in all
+)
 
 _log = logging.getLogger(__name__)
 
@@ -59,9 +71,9 @@ def run_queued_job(
     a commit, and so does every job if the service drains.
 
     Events of rounds that were committed before are published if they are missing. If the database does not answer, or a disk
-    is full or gone, the job waits and then resumes: it never fails because of that. If only the job's own folder does not work,
-    try after try, it fails: it would hold a place that others could have. The job reads by the ``rules``, as it was checked,
-    and the uploads of its tenant.
+    is full or gone, be it ours or one from which the job reads, the job waits and then resumes: it never fails because of that.
+    If only a file of the job's does not work, try after try, it fails: it would hold a place that others could have. The job
+    reads by the ``rules``, as it was checked, and the uploads of its tenant.
     """
     tries = 0
     newest: Event | None = None
@@ -83,12 +95,13 @@ def run_queued_job(
                 if trouble is None:
                     continue
                 before, newest = newest, store.newest(job, "round")
-                own = trouble.errno not in (*OF_FULL_DISKS, ENOTCONN) and _present_trouble(storage) is None
+                passes = trouble.errno in (*OF_FULL_DISKS, *OF_ABSENT_DISKS)
+                own = not passes and _present_trouble(storage) is None
                 tries = tries + 1 if own and newest == before else 0
                 if tries >= _BROKEN_TRIES:
                     fail(job, trouble, store, storage)
                 else:
-                    _wait_for_disk(job, trouble, store, storage)
+                    _wait_for_disk(job, trouble, store, storage, _RETRY_SECONDS * 2 ** max(tries - 1, 0))
         except NO_ANSWER as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
             sleep(_RETRY_SECONDS)
@@ -113,6 +126,7 @@ def _run(
     Its spans are below that of the request which ``asked`` for it.
     """
     log, commits = JobLog(storage.job(job)), Commits(job, store, storage)
+    document: Mapping[str, Any] = {}
     try:
         storage.check()
         document = store.get(job).spec
@@ -136,7 +150,7 @@ def _run(
     except SurveyStopped as error:
         _log.info("%s", error)
     except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
-        if trouble := _disk_trouble(error, storage):
+        if trouble := trouble_behind(error) or _present_trouble(storage, document):
             return trouble
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)), extra=WITHHELD)
         log.failed(error)
@@ -165,28 +179,29 @@ def _clean_up(job: str, store: JobStore, storage: Storage) -> None:
     wait_for(once, job, store)
 
 
-def _disk_trouble(error: BaseException, storage: Storage) -> OSError | None:
-    """The trouble of a disk that is behind ``error``, or that there is now; None if every disk works.
+def _present_trouble(storage: Storage, document: Mapping[str, Any] = {}) -> OSError | None:
+    """The trouble of a disk that there is now: of ours, or of one with what a job reads by its ``document``.
 
-    A client whose disk is full sends no more than words, so the disks are also tried.
+    A client whose disk does not work sends no more than words, so the disks are tried.
     """
-    behind: BaseException | None = error
-    while behind:
-        if isinstance(behind, OSError) and behind.errno in OF_DISKS:
-            return behind
-        behind = behind.__cause__ or behind.__context__
-    return _present_trouble(storage)
-
-
-def _present_trouble(storage: Storage) -> OSError | None:
     try:
         storage.check()
     except OSError as trouble:
         return trouble
+    for source in chain.from_iterable(one.values() for one in document.values() if isinstance(one, dict)):
+        scheme, _, path = source.partition(":") if isinstance(source, str) else ("", "", "")
+        try:
+            if scheme == "path":
+                try_to_read(Path(path))
+        except OSError as trouble:
+            if trouble.errno in OF_DISKS:
+                return trouble
+        except ValueError:  # no path at all
+            continue
     return None
 
 
-def _wait_for_disk(job: str, trouble: OSError, store: JobStore, storage: Storage) -> None:
+def _wait_for_disk(job: str, trouble: OSError, store: JobStore, storage: Storage, seconds: float) -> None:
     """Wait until the disks work again. The job's caches, which may have filled one, are removed and made again later."""
     storage.clear_scratch(job)
     waiting: OSError | None = trouble
@@ -194,7 +209,7 @@ def _wait_for_disk(job: str, trouble: OSError, store: JobStore, storage: Storage
         _log.warning("job %s waits for a disk: %s", job, waiting)
         with suppress(*NO_ANSWER):  # the database may be on the same disk
             store.note_activity(job, Activity(what="waiting for a disk", note=str(waiting)))
-        sleep(_RETRY_SECONDS)
+        sleep(seconds)
         waiting = _present_trouble(storage)
 
 

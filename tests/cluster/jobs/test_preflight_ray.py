@@ -11,7 +11,7 @@ import pytest
 from chainfed_ray.cluster.jobs.preflight import Limits, Preflight
 from chainfed_ray.errors import InvalidJob, PartUnavailable
 from chainfed_ray.planning.dry_run import dry_run
-from chainfed_ray.reading import UploadedFile
+from chainfed_ray.reading import ReadingRules, UploadedFile
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.parse import parse_job
 from tests.watching import processes_below, wait_for
@@ -57,6 +57,22 @@ def test_a_check_reads_the_uploads_of_the_jobs_tenant(preflight: Preflight, docu
         await preflight.check(parse_job(document), tenant="alice")
         with pytest.raises(InvalidJob, match=r"data\.train is 'upload:mine'; expected the id of an upload of yours"):
             await preflight.check(parse_job(document), tenant="bob")
+
+    asyncio.run(story())
+
+
+def test_a_disk_that_is_away_is_no_fault_of_the_job(
+    preflight: Preflight, document: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its root is an empty folder, as where a disk is not mounted."""
+    rules = ReadingRules((tmp_path,))
+    document["data"]["train"] = f"path:{tmp_path}/rows.jsonl"
+
+    async def story() -> None:
+        away = Preflight(4, Limits(), rules)
+        for refuses in (away.check, away.plan):
+            with pytest.raises(PartUnavailable, match=f"the disk with {tmp_path} does not answer .nothing is there"):
+                await refuses(parse_job(document))
 
     asyncio.run(story())
 

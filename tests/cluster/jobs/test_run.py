@@ -1,9 +1,11 @@
 """Promises of a queued job's run: a trouble outside is waited for, and only what is the job's own ends it."""
 
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from errno import EIO, ENOSPC, ENOTCONN, EROFS
+from errno import EHOSTDOWN, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ETIMEDOUT
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -110,6 +112,55 @@ def test_clients_whose_disk_fails_are_waited_for(
     assert ended.error["type"] == "QuorumLost", "the disk works, and it is lost again"
 
 
+def test_so_are_clients_that_cannot_read_the_model(
+    document: dict[str, Any], storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, tried, waited = QuorumLost("rounds 1 to 3", 2, {"phone-0": "OSError: timed out"}), list[str](), list[str]()
+    job = store.submit(parse_job(document)).id
+    store.move(job, "running")
+
+    def try_to_read(path: Path) -> None:
+        tried.append(f"path:{path}")
+        if len(tried) == 1:
+            raise OSError(ETIMEDOUT, "Connection timed out", str(path))
+
+    def wait(_: float) -> None:
+        activity = store.get(job).activity
+        waited.append(activity["note"] if activity else "")
+
+    monkeypatch.setattr(f"{RUN}.run_job", raising(lost, ValueError("of the job")))
+    monkeypatch.setattr(f"{RUN}.try_to_read", try_to_read)
+    monkeypatch.setattr(f"{RUN}.sleep", wait)
+    run_queued_job(job, storage, in_this_process)
+    assert (len(waited), "Connection timed out" in waited[0]) == (1, True)
+    assert {document["model"]["base"], document["data"]["train"]} == set(tried)
+    assert store.get(job).error == OF_THE_JOB
+
+
+def test_a_job_whose_data_is_away_begins_when_it_is_back(
+    document: dict[str, Any], storage: Storage, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its root is an empty folder, as where a disk is not mounted."""
+    root, rows = tmp_path / "mounted", Path(document["data"]["train"].removeprefix("path:"))
+    root.mkdir()
+    document["data"]["train"] = f"path:{root / rows.name}"
+    document["data"]["label"] = "none"  # enough to see that its rows are read
+    job = store.submit(parse_job(document), reads_anything=True).id
+    store.move(job, "validating")
+    waited = list[str]()
+
+    def wait(_: float) -> None:
+        activity = store.get(job).activity
+        waited.append(activity["note"] if activity else "")
+        if len(waited) == 12:
+            shutil.copy(rows, root)
+
+    monkeypatch.setattr(f"{RUN}.sleep", wait)
+    run_queued_job(job, storage, in_this_process, rules=ReadingRules((root,)))
+    assert (len(waited), {str(root) in note for note in waited}) == (12, {True})
+    assert "data.label is 'none'" in str(store.get(job).error)
+
+
 @pytest.mark.slow
 def test_a_database_that_flaps_kills_no_coordinator(
     job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
@@ -200,23 +251,27 @@ def test_a_job_that_is_not_valid_fails_while_it_is_validated(
 
 
 @pytest.mark.slow
-def test_a_folder_that_alone_does_not_work_fails_its_job_after_some_tries(
-    job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_alone_does_not_work_fails_its_job_after_some_tries(
+    job: str, storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk works otherwise. A job that waited for its folder for ever would hold the place of others."""
+    """The disk works otherwise. A job that waited for its file for ever would hold the place of others."""
+    waited = list[float]()
+    monkeypatch.setattr(f"{RUN}.sleep", waited.append)
     monkeypatch.setattr(f"{RUN}.run_job", raising(*[OSError(EIO, "Input/output error", "/data/jobs/x")] * 9))
     run_queued_job(job, storage, in_this_process)
     ended = store.get(job)
-    assert (ended.status, len(waits)) == ("failed", 4)
+    assert (ended.status, waited) == ("failed", [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0])
     assert ended.error is not None
     assert ended.error["message"] == "[Errno 5] Input/output error: '/data/jobs/x'"
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_waited_for_however_long(
-    job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [ENOSPC, ETIMEDOUT, EHOSTDOWN, ENODEV])
+def test_a_disk_that_is_full_or_away_is_waited_for_however_long(
+    number: int, job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{RUN}.run_job", raising(*[FULL] * 20, ValueError("of the job")))
+    trouble = OSError(number, os.strerror(number), "/data/rows.csv")
+    monkeypatch.setattr(f"{RUN}.run_job", raising(*[trouble] * 20, ValueError("of the job")))
     run_queued_job(job, storage, in_this_process)
     assert len(waits) == 20
     assert store.get(job).error == OF_THE_JOB
