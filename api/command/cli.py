@@ -104,7 +104,7 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     folder = folder_of(out, spec)
     resumable = _if_interrupted("Interrupted. Run the same command again to resume the job.")
     with resumable as interruption, ProgressDisplay(_progress, spec.name, spec, interruption.check) as progress:
-        job_started, rounds, job_finished, result = train(spec, folder, Settings(Storage.at(out)), progress)
+        job_started, rounds, job_finished, result = train(spec, folder, Settings(Storage.at(out)), progress, as_json)
         Reporter("drawing the plots", progress.listen).begin()
         _, drawn = draw_if_possible(folder / "plots", job_started, rounds, job_finished, spec.chain.cka_threshold)
     saved = f"The model is in {folder / 'model'}."

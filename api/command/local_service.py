@@ -30,6 +30,7 @@ from chainfed_ray.api.serve.haproxy import environment as haproxy
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.pool.ray_watch import PATIENCE_SECONDS, RayWatch, runs
 from chainfed_ray.cluster.storage import Settings, WithoutKeys
 from chainfed_ray.cluster.tracing import check_tracing
 from chainfed_ray.device.removal import temporary_folder
@@ -40,7 +41,6 @@ _PAUSES = (0.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try to start
 _STEADY_SECONDS = 60.0  # a service that answered for as long is started again at once
 _LOOK_SECONDS = 1.0  # between two looks at the processes
 _ANSWER_SECONDS = 10.0  # for one health check; a machine that is busy with other work takes seconds
-_PATIENCE_SECONDS = 45.0  # without an answer; Ray itself makes most of its processes again within 15 s
 _STOP_SECONDS = 15.0  # to stop when everything is drained
 _DATABASE_SECONDS = 5.0  # between two questions to a database that does not answer
 
@@ -96,7 +96,7 @@ class LocalService:
         self._settings, self._host, self._port, self._private = settings, host, port, private
         self._tell = tell
         self._process: SpawnProcess | None = None
-        self._core: dict[str, psutil.Process] = {}
+        self._ray: RayWatch | None = None  # once it is ready
         self._failures = 0  # in a row, each soon after the start before
         self._http = httpx.Client(base_url=self.address, timeout=_ANSWER_SECONDS, trust_env=False)
 
@@ -141,7 +141,7 @@ class LocalService:
 
     def stop(self) -> None:
         """End the service in order, if it runs, and then whatever is left of it."""
-        if self._process and self._core:
+        if self._process and self._ray:
             with suppress(OSError):  # it has ended
                 self._owned.send(STOP)
             self._process.join(self._settings.grace_seconds + _STOP_SECONDS)
@@ -169,8 +169,7 @@ class LocalService:
                 case ChainFedError():
                     raise said
                 case Ready():
-                    with suppress(psutil.Error):  # one that has ended since is noticed as the next health check fails
-                        self._core = {name: psutil.Process(pid) for name, pid in said.core.items()}
+                    self._ray = RayWatch(said.core)
                     return
         raise ServiceNotStarted(self.address, f"it is not ready after {READY_SECONDS:g} s")
 
@@ -193,24 +192,20 @@ class LocalService:
 
     def _wait_for_failure(self) -> str:
         """Watch the service, and tell what has failed."""
-        looked = answered = heard = monotonic()
+        looked = answered = monotonic()
         assert self._process, "it was started"
+        assert self._ray, "and was ready"
         while not wait([self._process.sentinel], _LOOK_SECONDS):
-            if monotonic() - looked > _PATIENCE_SECONDS:  # this process was stopped meanwhile, or the machine was
-                answered = heard = monotonic()
+            if monotonic() - looked > PATIENCE_SECONDS:  # this process was stopped meanwhile, or the machine was
+                answered = monotonic()
             looked = monotonic()
-            for name, process in self._core.items():
-                if not _runs(process):
-                    return f"Ray's {name} has ended"
             for said in self._said_of_ray():
-                if not said.hears_of_machine:
-                    return "Ray's raylet does not answer Ray's GCS"
-                heard = monotonic()
-            if monotonic() - heard > _PATIENCE_SECONDS:
-                return f"Ray has not answered for {format_seconds(monotonic() - heard)}"
+                self._ray.hear(said.hears_of_machine)
+            if failure := self._ray.failure():
+                return failure
             if self._answers():
                 answered = monotonic()
-            elif monotonic() - answered > _PATIENCE_SECONDS:
+            elif monotonic() - answered > PATIENCE_SECONDS:
                 return f"it has not answered for {format_seconds(monotonic() - answered)}"
         return "its process has ended"
 
@@ -247,7 +242,7 @@ class LocalService:
 
     def _end(self) -> None:
         """Kill every process of the service."""
-        self._core, session = {}, None
+        self._ray, session = None, None
         if self._process:
             session = self._process.pid
             self._process.kill()
@@ -262,14 +257,6 @@ def free_port(host: str) -> int:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _runs(process: psutil.Process) -> bool:
-    """Whether a process runs. One that its parent has not asked for is listed after its end."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @contextmanager
@@ -300,7 +287,7 @@ def _is_of(process: psutil.Process, settings: Settings, session: int | None) -> 
     """Whether a process runs that was started by a service of this storage."""
     try:
         if session is not None and os.getsid(process.pid) == session:
-            return _runs(process)
+            return runs(process)
         return process.environ().get(SERVICE_OF) == str(settings.storage.root)
     except (psutil.Error, ProcessLookupError):  # it has ended, or belongs to another user
         return False

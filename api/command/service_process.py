@@ -24,16 +24,15 @@ from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.occupancy import is_free
+from chainfed_ray.cluster.pool.ray_watch import ASK_SECONDS, core_processes, hears_of_machine
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted
 
 READY_SECONDS = 240.0  # an idle machine needs 20 s; one that is busy with other work needs far longer
 _POLL_SECONDS = 0.2
-_ASK_SECONDS = 5.0  # between two questions to Ray
 _NAME = "chainfed"  # of the application on Ray Serve
 _MOST_JOBS = 1000  # at work
-_CORE = ("gcs_server", "raylet")  # Ray's processes that nothing makes again
 _REASON = 300  # characters of an error of Ray's, which may have pages
 
 
@@ -68,12 +67,11 @@ def run(settings: Settings, environment: dict[str, str], host: str, port: int, o
 
             try:
                 _start(settings, host, port, address, owner.send)
-                children = psutil.Process().children()
-                owner.send(Ready({child.name(): child.pid for child in children if child.name() in _CORE}))
+                owner.send(Ready(core_processes()))
                 asking = Thread(target=_ask_ray, args=(owner, stop), daemon=True)
                 asking.start()
                 stop.wait()
-                asking.join(_ASK_SECONDS)  # or it would ask a Ray that is being stopped
+                asking.join(ASK_SECONDS)  # or it would ask a Ray that is being stopped
                 _drain(settings)
             finally:
                 serve.shutdown()  # type: ignore[no-untyped-call]
@@ -87,14 +85,11 @@ def run(settings: Settings, environment: dict[str, str], host: str, port: int, o
 
 def _ask_ray(owner: "Connection[Any, Any]", stop: Event) -> None:
     """Tell the owner again and again that Ray answers. Where a process of Ray's hangs and does not end, no answer comes."""
-    import ray
     from ray import serve
 
-    while not stop.wait(_ASK_SECONDS):
+    while not stop.wait(ASK_SECONDS):
         with suppress(Exception):  # Ray's own time for an answer is over, or the owner is gone
-            machines: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-            is_whole = all(machine["Alive"] for machine in machines)
-            if is_whole:
+            if is_whole := hears_of_machine():
                 serve.status()  # of Serve's controller
             owner.send(RayAnswered(is_whole))
 

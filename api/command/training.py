@@ -1,15 +1,23 @@
 """``chainfed run``: trains a job without a service, on a Ray cluster that this process starts."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
+from rich.console import Console
+
+from chainfed_ray.api.operator.answers import answer
 from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.cluster.offload.engine import server_evaluation
 from chainfed_ray.cluster.pool.local import on_local_ray
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.errors import InvalidJob
+from chainfed_ray.errors import InvalidJob, JobFailed
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.result import JobResult
@@ -38,13 +46,14 @@ def folder_of(out: Path, spec: JobSpec) -> Path:
 
 
 def train(
-    spec: JobSpec, folder: Path, settings: Settings, progress: ProgressDisplay
+    spec: JobSpec, folder: Path, settings: Settings, progress: ProgressDisplay, as_json: bool
 ) -> tuple[JobStarted, list[Round], JobFinished, JobResult]:
-    """Train a job, or the rest of it, and save its model in ``folder``."""
+    """Train a job, or the rest of it, and save its model in ``folder``. Where Ray hangs or ends, this process ends in words."""
+    failed = partial(_end_at_once, spec.name, as_json)
     log = CommitLog(folder)
     done = len(log.rounds())
     memories = [group.memory for group in spec.fleet.clients]
-    with on_local_ray(settings, progress.listen, memories, embedded=False) as pool:
+    with on_local_ray(settings, progress.listen, memories, embedded=False, failed=failed) as pool:
         records = run_job(spec, folder, pool=pool, evaluation=server_evaluation, listen=progress.listen)
         with closing(records), _naming(folder):
             for record in records:
@@ -59,6 +68,20 @@ def train(
     assert started is not None, "a job that ran to its end has started"
     assert finished is not None, "and finished"
     return started, rounds, finished, JobResult.of(spec.name, started, rounds, finished)
+
+
+def _end_at_once(job: str, as_json: bool, reason: str) -> NoReturn:
+    """End this process and all below it, since Ray has failed: another thread waits for it, and hears nothing any more."""
+    Console(stderr=True).show_cursor()  # which is hidden while progress is shown
+    kept = f"{reason}; what was committed before is kept, and the same command goes on from there"
+    error = JobFailed(job, "was ended", kept)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if as_json:
+        answer(as_json, {"status": "failed", "error": error.document()})
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.kill()
+    os._exit(1)
 
 
 @contextmanager

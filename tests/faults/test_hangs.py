@@ -4,7 +4,10 @@ Each is stopped by a signal, so that it hears nothing. Meanwhile a caller asks a
 and how long the caller went without an answer, is printed; docs/RESULTS.md has the figures.
 """
 
+import json
 import os
+import signal
+import subprocess
 from contextlib import closing
 from pathlib import Path
 from time import monotonic
@@ -12,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -19,10 +23,12 @@ from chainfed_ray.api.sdk import calls, exchanges
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.records.commit_log import CommitLog
 from tests.builders import a_job, assert_same, run
 from tests.callers import PROCESSES, Caller
+from tests.project import COMMAND
 from tests.services import Running
-from tests.watching import running, wait_for
+from tests.watching import processes_below, running, wait_for
 
 KINDS = tuple(filter(None, os.environ.get("CHAINFED_HANGS", "").split(","))) or (
     "an API replica",
@@ -32,7 +38,7 @@ KINDS = tuple(filter(None, os.environ.get("CHAINFED_HANGS", "").split(","))) or 
     "the controller of jobs",
     "the process of the service",
 )
-ROUNDS = 40
+ROUNDS, MANY_ROUNDS = 40, 5000
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(400 * len(KINDS))]
 
 
@@ -61,3 +67,45 @@ def test_whatever_hangs_nobody_has_to_help(document: dict[str, Any], tmp_path: P
             table.add_row(kind, f"{gone:.0f} s", f"{caller.longest:.0f} s")  # it answers by now
     assert not caller.strange
     Console().print("\n", table)
+
+
+@pytest.mark.parametrize(
+    ("kind", "end", "said"),
+    [
+        ("Ray's raylet", signal.SIGSTOP, "Ray's raylet does not answer Ray's GCS"),
+        ("Ray's GCS", signal.SIGSTOP, "Ray has not answered for "),
+        ("Ray's raylet", signal.SIGKILL, "Ray's raylet has ended"),
+        ("Ray's GCS", signal.SIGKILL, "Ray's gcs_server has ended"),
+    ],
+)
+def test_a_run_whose_ray_hangs_or_ends_does_so_in_words_and_goes_on_when_it_is_run_again(
+    kind: str, end: signal.Signals, said: str, document: dict[str, Any], tmp_path: Path
+) -> None:
+    document["rounds"] |= {"total": MANY_ROUNDS, "quorum": 1}
+    job_file, folder = tmp_path / "job.yaml", tmp_path / "out" / document["name"]
+    job_file.write_text(yaml.safe_dump(document))
+    command = [*COMMAND, "run", str(job_file), "--out", str(tmp_path / "out"), "--json"]
+    environment = {**os.environ, "CHAINFED_CLIENT_SLOTS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        assert any("round 2/" in line for line in process.stderr)
+        below = processes_below("", pid=process.pid)
+        next(one for one in processes_below(PROCESSES[kind], pid=process.pid)).send_signal(end)
+        began = monotonic()
+        *_, last = process.stderr.read().splitlines()
+        code, answer = process.wait(30), json.loads(process.stdout.read())
+    Console().print(f"\n{kind}, {end.name}: the command has ended after {monotonic() - began:.0f} s")
+    assert (code, answer["error"]["type"]) == (1, "JobFailed")
+    assert last.startswith(f"error: job tiny was ended: {said}")
+    assert last.endswith("the same command goes on from there")
+    wait_for(lambda: not running(below), "end of all processes", 30)
+    done = len(CommitLog(folder).rounds())
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as again:
+        assert again.stderr is not None
+        assert any(f"round {done + 1}/" in line for line in again.stderr)
+        again.terminate()
+        again.communicate(timeout=60)
+    assert again.returncode == 130

@@ -115,7 +115,7 @@ def test_a_service_whose_ray_hangs_is_started_again(
             with pytest.raises(Enough):
                 service.watch()
         else:
-            monkeypatch.setattr(f"{LOCAL}._PATIENCE_SECONDS", 1.5)
+            monkeypatch.setattr("chainfed_ray.cluster.pool.ray_watch.PATIENCE_SECONDS", 1.5)
         with pytest.raises(Enough):
             service.watch()
     assert heard[-2].startswith(f"The service has failed: {said}")
