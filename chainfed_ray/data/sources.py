@@ -1,6 +1,7 @@
 """Reads a job's rows from files, the hub or the built-in set, and splits them into training and held-out rows."""
 
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,11 +52,11 @@ class Split:
     def take(self, indices: np.ndarray) -> "Split":
         """The rows at ``indices``."""
         texts = tuple(self.texts[index] for index in indices)
-        labels, groups, numbers = (
-            tuple(values[index] for index in indices) if values else ()
-            for values in (self.labels, self.groups, self.numbers)
+        labels, groups = (
+            tuple(values[index] for index in indices) if values else () for values in (self.labels, self.groups)
         )
-        return Split(texts, labels, groups, numbers)
+        # An array of them takes a quarter of the memory of a tuple.
+        return Split(texts, labels, groups, array("q", (self.numbers[index] for index in indices if self.numbers)))
 
 
 @dataclass(frozen=True)

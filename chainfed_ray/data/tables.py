@@ -28,6 +28,7 @@ _OTHERS = {
     _PARQUET: "rows as text; this is a Parquet file, whose name ends in .parquet",
     b"\x1f\x8b": "rows as text; this file is packed, and its name does not end in .gz",
 }
+_AT_ONCE, _FEW = 2**14, 1000  # cells that are taken from Arrow; different texts, of which each is kept once
 _MOST_DIGITS = 4000  # of a whole number that Python reads as one
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # one half of a surrogate pair, as JSON may write it
 
@@ -166,10 +167,21 @@ def _cells(column: pa.ChunkedArray, name: str) -> list[Any]:
     if pa.types.is_float16(column.type) or pa.types.is_float32(column.type):
         written = column.cast(pa.string()).to_pylist()
         return [None if cell is None else Number(_with_point(cell)) for cell in written]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return _sharing(column)
     cells: list[Any] = column.to_pylist()
     if not pa.types.is_nested(column.type):
         return cells
     return [_with_own_keys(cell, column.type, f"row {row} of {name}") for row, cell in enumerate(cells, start=1)]
+
+
+def _sharing(column: pa.ChunkedArray) -> list[str | None]:
+    """The texts of a column, with one object for all cells that say the same if there are few, as in a column of labels."""
+    cells, known = list[str | None](), dict[str | None, str | None]()
+    for first in range(0, len(column), _AT_ONCE):
+        part = column.slice(first, _AT_ONCE).to_pylist()
+        cells += [known.setdefault(cell, cell) for cell in part] if len(known) <= _FEW else part
+    return cells
 
 
 def _with_own_keys(value: Any, kind: pa.DataType, where: str) -> Any:
@@ -245,12 +257,14 @@ def _parquet(path: Path, wanted: Collection[str] | None) -> Table:
             if (twice := first_repeated(names)) is not None:
                 raise ValueError(f"a file that names each column once; {twice!r} is there twice")
             kept = [name for name in names if wanted is None or name in wanted]
-            table = file.read(columns=kept)
+            columns: dict[str, Sequence[Any]] = {}
+            for name in kept:  # one after the other, since Arrow's form of each is needed no more
+                columns |= from_arrow(file.read(columns=[name])).columns
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the file's
             raise
         raise ValueError(f"a Parquet file that can be read ({error})") from None
-    return Table(names, from_arrow(table).columns)
+    return Table(names, columns)
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
