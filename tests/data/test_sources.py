@@ -10,6 +10,8 @@ from time import monotonic
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from chainfed_ray.data import docstrings
@@ -103,6 +105,29 @@ def test_labels_that_training_does_not_know(tmp_path: Path) -> None:
     other.write_text('{"text": "x", "label": "c"}')
     with pytest.raises(InvalidJob, match=r"data\.test is 'c'; expected only labels that the training rows have"):
         load(DataSpec(train=rows_in(tmp_path, "csv"), test=f"path:{other}"), seed=0)
+
+
+def test_labels_that_a_split_hides_are_said_to_be_hidden(tmp_path: Path) -> None:
+    """As on the hub, where tests are: -1 has no name among the classes, which stand in the metadata of the file."""
+    features = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["neg", "pos"]}}}}
+    for name, shown in (("train", [0, 1] * 10), ("test", [-1] * 10)):
+        table = pa.table({"text": ["x"] * len(shown), "label": shown})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    spec = DataSpec(train=f"path:{tmp_path}/train.parquet", test=f"path:{tmp_path}/test.parquet")
+    with pytest.raises(InvalidJob, match=r"data\.test is '-1'; .*those of this split seem to be hidden"):
+        load(spec, seed=0)
+
+
+def test_a_split_that_is_drawn_leaves_each_class_a_row_to_learn_from(tmp_path: Path) -> None:
+    rows = [{"text": f"a row {row}", "label": f"common {row % 3}"} for row in range(90)]
+    rows += [{"text": f"a rare row {row}", "label": f"rare {row % 30}"} for row in range(60)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    for seed in range(40):
+        corpus = load(DataSpec(train=f"path:{path}"), seed=seed)
+        assert len(set(corpus.train.labels)) == 33
+        assert (len(corpus.validation), len(corpus.test)) == (15, 15)
 
 
 def test_a_hub_out_of_reach_is_an_error_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

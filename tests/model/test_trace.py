@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from chainfed_ray.budget.demand import BytePolynomial, PartMemory
 from chainfed_ray.device.peak import PeakMemory
+from chainfed_ray.errors import UnsupportedModel
 from chainfed_ray.model.adapters import Adapter, Head
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import Parts, memory_profile_of, new_adapter, padded, with_bottleneck
@@ -245,3 +248,35 @@ def test_fractions_are_rounded_up(batch: int, tokens: int) -> None:
     pairs = tokens * (tokens + 1) // 2
     assert polynomial_of(lambda _, t: t * (t + 1) // 2).at(batch, tokens) >= pairs
     assert polynomial_of(lambda b, t: b * t * (t + 1) // 2).at(batch, tokens) >= batch * pairs
+
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "vocab_size": 128,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "options", "refused"),
+    [
+        ("gpt_neo", {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_heads": 4}, None),
+        ("gpt_neo", {"attention_types": [[["global"], 3]], "num_layers": 3, "num_heads": 2}, None),
+        ("lfm2", {"num_key_value_heads": 2}, "lfm2 has layers whose memory cannot be planned"),
+    ],
+)
+def test_a_family_is_planned_or_refused_by_its_name(
+    family: str, options: dict[str, Any], refused: str | None, tmp_path: Path
+) -> None:
+    """Their own code asks fake tensors for numbers, or makes tensors on a device of its own."""
+    own = {"max_position_embeddings": 64, "vocab_size": 128, "hidden_size": 32, **options}
+    config = AutoConfig.for_model(family, **(own if family == "gpt_neo" else _SIZES | options))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    expected = pytest.raises(UnsupportedModel, match=refused) if refused else nullcontext()
+    with closing(Blocks(tmp_path, torch.float32)) as blocks:
+        blocks.check()
+        with expected, blocks.named_errors("has layers whose memory cannot be planned"):
+            memory_profile_of(blocks, 4, None)

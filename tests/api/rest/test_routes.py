@@ -292,6 +292,12 @@ def test_events_as_a_page_and_as_a_stream(
     resumed = client.get(path, headers=wire | {"Last-Event-ID": "4"})
     assert events_of(resumed.text) == page["events"][4:]
     assert client.get(path, headers=wire | {"Last-Event-ID": "6"}).status_code == 204
+    for beyond in ("9223372036854775808", "9" * 20, "-1"):  # more than any database counts
+        for refused in (
+            client.get(path, params={"after": beyond}),
+            client.get(path, headers={"Last-Event-ID": beyond}),
+        ):
+            assert (refused.status_code, refused.json()["type"]) == (422, "urn:chainfed:problem:invalid-request")
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
