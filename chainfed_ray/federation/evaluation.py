@@ -249,19 +249,19 @@ def _is_possible(metrics: Metrics, classes: int | None, most: int) -> bool:
 
     What a client says is checked, whatever its types.
     """
-    if not isinstance(metrics.hits, tuple) or not isinstance(metrics.occurs, tuple):
+    if type(metrics.hits) is not tuple or type(metrics.occurs) is not tuple:
         return False
     if not is_spent(metrics.cpu_seconds, metrics.peak_bytes):
         return False
     counts = (metrics.examples, metrics.predictions, metrics.correct, *metrics.hits, *metrics.occurs)
     if not all(type(count) is int and 0 <= count < _MOST_COUNTED for count in counts):
         return False
-    if metrics.predictions > most:
+    if max(metrics.predictions, metrics.examples) > most:
         return False
     if not isinstance(metrics.loss, float) or not 0 <= metrics.loss < _MOST_COUNTED:
         return False
     if classes is None:
-        return metrics.correct <= metrics.predictions and not metrics.hits
+        return metrics.correct <= metrics.predictions and not metrics.hits and not metrics.occurs
     whole = len(metrics.hits) == len(metrics.occurs) == classes and metrics.predictions == metrics.examples
     sums = sum(metrics.hits) == metrics.correct and sum(metrics.occurs) == 2 * metrics.examples
     each = all(2 * hits <= occurs for hits, occurs in zip(metrics.hits, metrics.occurs, strict=False))

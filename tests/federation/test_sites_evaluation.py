@@ -1,7 +1,7 @@
 """Promises of evaluation at sites: a client weighs as much as the rows that it can have, whatever it says."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,15 +49,45 @@ def _right(examples: int, right: int) -> Metrics:
     return Metrics(examples, examples, float(wrong), right, (right, 0), (right + examples, wrong), 0.1)
 
 
-@pytest.mark.parametrize("claim", [_right(6, 6), _right(2**40, 2**40), _right(2**40, 0)])
+class _Strange(tuple[int, ...]):
+    """A tuple that is none when it is looked into."""
+
+    def __iter__(self) -> Iterator[int]:
+        raise RuntimeError("it is not to be looked into")
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        _right(6, 6),
+        _right(2**40, 2**40),
+        _right(2**40, 0),
+        replace(_right(5, 3), hits=_Strange((3, 0))),
+        replace(_right(5, 3), loss=1e300),
+        replace(_right(5, 3), examples="5"),
+    ],
+)
 def test_more_held_out_rows_than_a_client_can_have_are_refused(claim: Metrics) -> None:
+    assert _evaluated(2, _right(5, 3), claim) == (["a"], 3 / 5)
+
+
+@pytest.mark.parametrize(
+    "claim", [{"examples": 2**50}, {"occurs": (1,) * 1000}, {"hits": (1,)}, {"correct": 4}, {"predictions": 2**40}]
+)
+def test_so_are_those_of_a_language_model(claim: dict[str, Any]) -> None:
+    honest = Metrics(2, 3, 4.5, 1, (), (), 0.1)
+    assert _evaluated(None, honest, replace(honest, **claim)) == (["a"], 1 / 3)
+    assert _evaluated(None, honest, honest) == (["a", "b"], 1 / 3)
+
+
+def _evaluated(classes: int | None, *answers: Metrics) -> tuple[list[str], float | None]:
+    """Whose answers count, and the accuracy by them."""
     clients = [SimpleNamespace(name=name, counts=ExampleCounts(40, 8, 320), budget_bytes=1) for name in ("a", "b")]
-    job: Any = SimpleNamespace(spec=_SPEC, clients=clients, class_count=2, layers=2)
+    job: Any = SimpleNamespace(spec=_SPEC, clients=clients, class_count=classes, layers=2)
     stack = AdapterStack.new(range(2), 4, bottleneck=2, classes=2, seed=0)
-    pool: Any = _Saying([_right(5, 3), claim])
+    pool: Any = _Saying([*answers])
     found = FederatedEvaluation(job, pool).whole(stack)
-    assert [score.client for score in found.clients] == ["a"]
-    assert found.accuracy == 3 / 5
+    return [score.client for score in found.clients], found.accuracy
 
 
 def test_losses_of_a_client_that_would_make_every_sum_infinite_are_refused() -> None:
