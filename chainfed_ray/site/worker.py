@@ -15,6 +15,7 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from threading import Event, Thread
+from time import sleep
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +38,7 @@ from chainfed_ray.model.source import ModelSource, weights_folder
 from chainfed_ray.planning.admission import Planner, requirements_of
 from chainfed_ray.planning.base_model import check_texts
 from chainfed_ray.planning.candidates import Candidate
+from chainfed_ray.reading import OF_DISKS
 from chainfed_ray.site.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.envelope import Answer, Done, HashedFile, JobDocument, NotDone, Order, phase_of
 from chainfed_ray.site.evaluation import evaluated_by
@@ -46,6 +48,7 @@ from chainfed_ray.spec.parse import parse_job
 
 SplitName = Literal["train", "validation", "test"]
 _HEARTBEAT_SECONDS = 1.0
+_DISK_SECONDS = 5.0  # until a disk is asked again
 _MOST_CLASSES, _LONGEST_NAME = 1000, 100  # of labels whose names are told
 _log = logging.getLogger("chainfed")
 
@@ -178,10 +181,18 @@ class Worker:
     def carry_out(self, order: Order, document: JobDocument, tensors: Path | None, sent: Path) -> Answer:
         """Carry out ``order`` of the job with this ``document``. Its tensors are in the file ``tensors``.
 
-        Tensors of the answer are written into ``sent``.
+        Tensors of the answer are written into ``sent``. A survey waits for a disk that does not answer, or the job would do
+        without this site.
         """
         try:
-            return self._answer(order, document, tensors, sent)
+            while True:
+                try:
+                    return self._answer(order, document, tensors, sent)
+                except OSError as error:
+                    if order.kind != "survey" or error.errno not in OF_DISKS:
+                        raise
+                    _log.warning("a survey waits for a disk: %s", error)
+                    sleep(_DISK_SECONDS)
         except BudgetExceeded as error:
             _log.warning("%s", error)
             planned, cap, peak, phase = error.args

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from errno import EACCES, EIO, ESTALE, ETIMEDOUT
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Event, Thread
@@ -15,6 +16,8 @@ import pytest
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client, Evaluating, Fitting, Profiling, TurnOrder
 from chainfed_ray.client.survey import SiteRows
+from chainfed_ray.data.examples import rows_of_site
+from chainfed_ray.data.sources import Split
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
 from chainfed_ray.hub import digest_of
 from chainfed_ray.planning.prepare import PlannedJob
@@ -89,6 +92,26 @@ def test_labels_that_the_job_does_not_list_are_told_without_a_word(asked: dict[s
     found = answer(asked, [*some(4), {"text": "wave", "label": SECRET}], tmp_path)
     assert isinstance(found, NotDone)
     assert SECRET not in found.model_dump_json()
+
+
+def test_a_survey_waits_for_a_disk_that_does_not_answer(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the job would do without this site. What is the rows' own is told at once."""
+    troubles: list[OSError] = [OSError(number, os.strerror(number)) for number in (ETIMEDOUT, ESTALE, EIO)]
+    waited, read = list[float](), rows_of_site
+
+    def rows(*given: Any) -> Split:
+        if troubles:
+            raise troubles.pop()
+        return read(*given)
+
+    monkeypatch.setattr("chainfed_ray.site.worker.rows_of_site", rows)
+    monkeypatch.setattr("chainfed_ray.site.worker.sleep", waited.append)
+    assert isinstance(answer(asked, some(4), tmp_path), Done)
+    assert len(waited) == 3
+    troubles.append(OSError(EACCES, os.strerror(EACCES)))
+    assert answer(asked, some(4), tmp_path) == NotDone(reason="error", kind="PermissionError")
 
 
 def test_whatever_is_raised_is_told_by_its_name(
