@@ -28,7 +28,8 @@ _FOLDERS = "cf-"  # how the names of Ray's folders begin: short, since the paths
 _REMOVALS, _PAUSE_SECONDS = 10, 0.2  # tries, and seconds between them
 _KEPT_SECONDS, _MOST_KEPT = 86_400.0, 3  # how long the logs of a Ray that failed are kept, and of how many
 _NEW_SECONDS = 60.0  # a folder may be another's who has not locked it yet
-_INSIDE = frozenset({"in-use", "session", "errors.log"})
+_OPEN = "ray"  # the folder in it that Ray opens to everybody
+_INSIDE = frozenset({"in-use", _OPEN, "session", "errors.log"})
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def lean_ray() -> Iterator[None]:
 
 @contextmanager
 def _folder_of_logs() -> Iterator[Path]:
-    """The folder in which Ray makes its own, with its logs and sockets. It opens those to everybody, so this one is closed.
+    """The folder in which Ray has its own, with its logs and sockets. It opens those to everybody, so this one is closed.
 
     It is removed when the block ends in order. After a failure the logs may tell why, so it is left: a later start removes it,
     when it is a day old or when there are newer ones.
@@ -175,7 +176,7 @@ def _start(settings: Settings, folder: Path, embedded: bool, listen: Listener) -
                     namespace="chainfed",
                     resources=one_machine_resources(settings.client_slots, settings.parallel_jobs),
                     job_config=_job_config(embedded),
-                    _temp_dir=str(folder),
+                    _temp_dir=str(folder / _OPEN),
                 )
             return
         except Exception as error:

@@ -8,6 +8,8 @@ from time import time
 
 import pytest
 
+from chainfed_ray.device.removal import temporary_folder
+
 _START = """
 import sys
 from pathlib import Path
@@ -107,3 +109,23 @@ def test_a_temporary_folder_that_ray_cannot_use_is_named(name: str, expected: st
         check=True,
     )
     assert done.stdout.startswith(f"TMPDIR is '{folder}'; expected {expected}")
+
+
+@pytest.mark.slow
+def test_nobody_else_on_this_machine_gets_to_rays_sockets_and_logs(tmp_path: Path) -> None:
+    """Ray opens its own folder to everybody."""
+    script = _START.replace(
+        "        pass\n",
+        "        print(*(oct(path.stat().st_mode) for path in Path(sys.argv[2]).iterdir()), file=sys.__stdout__)\n",
+    )
+    with temporary_folder("t-", "/tmp") as short:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "storage"), str(short)],
+            env={**os.environ, "TMPDIR": str(short)},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=100,
+            check=True,
+        )
+        assert not list(short.iterdir())
+    assert done.stdout.split() == ["0o40700"]
