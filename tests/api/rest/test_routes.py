@@ -367,6 +367,20 @@ def test_a_bad_job_is_refused_with_its_field(
     assert client.get("/v1/jobs").json()["jobs"] == []
 
 
+@pytest.mark.parametrize(
+    ("section", "key"), [("rounds", "total"), ("data", "max_length"), (None, "seed"), (None, "name")]
+)
+def test_a_number_of_more_digits_than_python_reads_is_refused_with_its_field(
+    client: TestClient, document: dict[str, Any], section: str | None, key: str
+) -> None:
+    (document[section] if section else document)[key] = "in this place"
+    body = json.dumps(document).replace('"in this place"', "7" * 5000)
+    refused = client.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+    assert refused.status_code == 422
+    assert [found["field"] for found in refused.json()["errors"]] == [f"{section}.{key}" if section else key]
+    assert "777" in refused.json()["errors"][0]["value"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path", "options", "status", "slug"),
