@@ -135,11 +135,14 @@ def uploaded(upload: str) -> UploadedFile:
 
     Raises:
         NotAllowed: the job may read no upload with this id.
+        OSError: its bytes are not there. It is complete, so that is no mistake of its owner's.
     """
-    try:
-        return _rules.uploads[upload]
-    except KeyError:
-        raise NotAllowed from None
+    if upload not in _rules.uploads:
+        raise NotAllowed
+    file = _rules.uploads[upload]
+    if not file.path.exists():
+        raise OSError(errno.EIO, "the bytes of the upload are not there", str(file.path))
+    return file
 
 
 def check_repository(name: str) -> None:

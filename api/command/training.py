@@ -46,7 +46,7 @@ def folder_of(out: Path, spec: JobSpec) -> Path:
 
 
 def train(
-    spec: JobSpec, folder: Path, settings: Settings, progress: ProgressDisplay, as_json: bool
+    spec: JobSpec, folder: Path, settings: Settings, progress: ProgressDisplay, as_json: bool = False
 ) -> tuple[JobStarted, list[Round], JobFinished, JobResult]:
     """Train a job, or the rest of it, and save its model in ``folder``. Where Ray hangs or ends, this process ends in words."""
     failed = partial(_end_at_once, spec.name, as_json)

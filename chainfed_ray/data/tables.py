@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from errno import EIO
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -125,8 +124,6 @@ def read_upload(upload: str, wanted: Collection[str] | None = None) -> Table:
     form = _form(Path(name))
     if form is None:
         raise ValueError(f"a {FORMS}")
-    if not path.exists():  # it is complete, so that is not its owner's mistake
-        raise OSError(EIO, "the bytes of the upload are not there", str(path))
     return _read_as(form, path, name.lower().endswith(".gz"), wanted)
 
 
@@ -177,11 +174,9 @@ def _cells(column: pa.ChunkedArray, name: str) -> list[Any]:
 
 def _sharing(column: pa.ChunkedArray) -> list[str | None]:
     """The texts of a column, with one object for all cells that say the same if there are few, as in a column of labels."""
-    cells, known = list[str | None](), dict[str | None, str | None]()
-    for first in range(0, len(column), _AT_ONCE):
-        part = column.slice(first, _AT_ONCE).to_pylist()
-        cells += [known.setdefault(cell, cell) for cell in part] if len(known) <= _FEW else part
-    return cells
+    known = dict[str | None, str | None]()
+    parts = (column.slice(first, _AT_ONCE).to_pylist() for first in range(0, len(column), _AT_ONCE))
+    return [known.setdefault(cell, cell) if len(known) <= _FEW else cell for part in parts for cell in part]
 
 
 def _with_own_keys(value: Any, kind: pa.DataType, where: str) -> Any:
@@ -257,14 +252,13 @@ def _parquet(path: Path, wanted: Collection[str] | None) -> Table:
             if (twice := first_repeated(names)) is not None:
                 raise ValueError(f"a file that names each column once; {twice!r} is there twice")
             kept = [name for name in names if wanted is None or name in wanted]
-            columns: dict[str, Sequence[Any]] = {}
-            for name in kept:  # one after the other, since Arrow's form of each is needed no more
-                columns |= from_arrow(file.read(columns=[name])).columns
+            # One after the other, since Arrow's form of each is needed no more.
+            read = [from_arrow(file.read(columns=[name])).columns for name in kept]
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the file's
             raise
         raise ValueError(f"a Parquet file that can be read ({error})") from None
-    return Table(names, columns)
+    return Table(names, {name: cells for columns in read for name, cells in columns.items()})
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
