@@ -13,7 +13,7 @@ from chainfed_ray.cluster.database import open_database, unhurried
 from chainfed_ray.cluster.tables import TABLES
 from chainfed_ray.errors import InvalidSetting
 
-VERSIONS = ("0001", "0002", "0003", "0004")
+VERSIONS = ("0001", "0002", "0003", "0004", "0005")
 """Every version of the tables, the oldest first. The last one is that of this code."""
 
 _MARK = "chainfed_version"  # the table that has the version

@@ -188,7 +188,7 @@ class Service:
     most_queued: int | None = None  # jobs that a tenant may have in the queue
     uploads: UploadStore | None = None
     upload_bytes: int = 2**30  # of an upload, at most
-    stored_bytes: int | None = None  # of a tenant: of its uploads, and of its jobs that are over
+    stored_bytes: int | None = None  # of a tenant: of its uploads, and of its jobs
     folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
     most_uploads: int | None = None  # of a tenant
     drains: Callable[[], bool] = _never  # whether the service is about to end
@@ -209,7 +209,9 @@ class Service:
             check_fits(document, self.client_slots, self.client_memory)
 
     def check_kept(self, caller: Identity) -> None:
-        """Check that there is room for what another job of the caller's tenant leaves. Without keys there is no limit.
+        """Check that there is room for what another job of the caller's tenant leaves, or more of one that goes on.
+
+        Without keys there is no limit.
 
         Raises:
             LimitReached: as many bytes as may be are kept for it already.
