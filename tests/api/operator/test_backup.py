@@ -293,6 +293,10 @@ def test_what_was_revoked_stays_so_and_the_audit_log_forgets_nothing(
             patch.setattr(Kept, "put_back", killed)
             with pytest.raises(Killed):
                 restore(storage, tmp_path / "copy", replace=True)
+        keys = KeyStore(database)
+        assert keys.authenticate(stays.token)
+        assert not keys.authenticate(ends.token), "also before the restore is repeated"
+        keys.close()
     again, returned = restore(storage, tmp_path / "copy", replace=True)
     assert again == made
     assert (returned.revoked, returned.lost) == ([ends.key.id], [later.key.id])
