@@ -275,8 +275,8 @@ def _put_database(storage: Storage, url: URL, folder: Path, kept: Kept) -> None:
     else:
         with _opened(storage) as engine:
             drop_tables(engine)  # pg_restore leaves tables that a later version has and the copy has not
-        with tempfile.TemporaryDirectory(dir=storage.root) as place:  # of our user alone: it has hashes of keys
-            script, revocations = Path(place, "restore.sql"), Path(place, "revoke.sql")
+        with tempfile.TemporaryDirectory(dir=storage.root) as scripts:  # of our user alone: it has hashes of keys
+            script, revocations = Path(scripts, "restore.sql"), Path(scripts, "revoke.sql")
             options = ("--clean", "--if-exists", "--no-owner", f"--file={script}")
             _run("pg_restore", *options, str(folder / _DUMP), url=url, connects=False)
             there = "if to_regclass('keys') is not null then"
