@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
 from chainfed_ray.api.jobs.etags import IfNoneMatch, is_known
-from chainfed_ray.api.jobs.resources import JobPage, JobResource, JobSummary, came_late, full
+from chainfed_ray.api.jobs.resources import JobPage, JobResource, came_late, full
 from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.rest.job_file import BODY, StrictRoute, SubmittedJob
 from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, while_connected
@@ -129,10 +129,7 @@ def list_jobs(
     labels = [(name, value) for name, _, value in (text.partition("=") for text in label or ())]
     lines = jobs.lines(limit + 1, place, states or None, labels)
     shown = lines[:limit]
-    page = JobPage(
-        jobs=[JobSummary.of(line) for line in shown],
-        next=Place.after(shown[-1]).cursor() if len(lines) > limit else None,
-    )
+    page = JobPage.of(shown, Place.after(shown[-1]).cursor() if len(lines) > limit else None)
     return Response(page.model_dump_json(), media_type="application/json")
 
 
