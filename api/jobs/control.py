@@ -64,7 +64,7 @@ async def clone_job(
     return await accept(spec, request, response, service, jobs, caller, idempotency_key)
 
 
-@router.delete("", status_code=204)
+@router.delete("", status_code=204, response_class=Response)
 def delete_job(job: str, jobs: JobsAsSeen) -> None:
     """Delete a job that is over, with its events, its files and its model. One whose model an alias names is kept."""
     control.delete(jobs, job)

@@ -15,17 +15,16 @@ from chainfed_ray.api.rest.service import Jobs
 from chainfed_ray.cluster.jobs.store import JobStore
 
 _OF_A_JOB = re.compile(r'"([0-9]{1,18})-[0-9a-f]{32}"')
-Tags = list[Annotated[str, Field(max_length=1000)]] | None
 
 IfNoneMatch = Annotated[
-    Tags,
+    list[str] | None,
     Header(
         description="the `ETag` of an earlier answer, or a list of them: if nothing has changed since, the answer is 304, "
         "as it is with `*`"
     ),
 ]
 IfMatch = Annotated[
-    Tags,
+    list[Annotated[str, Field(max_length=1000)]] | None,
     Header(
         description="the `ETag` of the job, as it was looked at: if its state has changed since, nothing is done, and the "
         "answer is 412. Mere progress is no change. It may be a list, of which one must be the job's, or `*` for any; a weak "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import choices
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.rest.job_file import StrictRoute
@@ -130,7 +130,7 @@ def roll_back(alias: SeenAlias, jobs: Jobs) -> AliasResource:
     return AliasResource(name=alias, targets=shares)
 
 
-@router.delete("/aliases/{alias:path}", status_code=204)
+@router.delete("/aliases/{alias:path}", status_code=204, response_class=Response)
 def delete_alias(alias: SeenAlias, jobs: Jobs) -> None:
     """Delete an alias. The models stay."""
     if not jobs.aliases.delete(alias):
