@@ -63,6 +63,8 @@ def test_a_job_that_pauses_after_any_round_ends_with_the_same_bits(
         run_queued_job(job, storage, asking(lambda: pause(store, job), turns=1))
         found = store.get(job)
         assert (found.status, found.activity) == ("paused", None)
+        with pytest.raises(LimitReached, match="MiB of jobs|KiB of jobs"):
+            store.kept_bytes.check("default", 1)
         assert len(CommitLog(storage.job(job)).rounds()) == done + 1, (
             "the round that ran is committed, and no other begins"
         )
@@ -384,6 +386,33 @@ def test_a_job_that_has_changed_since_it_was_looked_at_stays_as_it_is(
     assert store.events(job) == before
     store.publish(job, "round-0", "round", {"index": 0})
     ask(store.at([earlier, now]), job)
+
+
+def test_a_queue_has_as_many_jobs_as_it_may_also_if_all_come_at_once(any_store: JobStore) -> None:
+    most, paused = 3, [any_store.submit(SPEC).id for _ in range(8)]
+    for job in paused:
+        any_store.move(job, "paused")
+    all_at_once = Barrier(8)
+
+    def resumed(job: str) -> bool:
+        all_at_once.wait(10)
+        with suppress(LimitReached):
+            return resume(any_store, job, most).status == "queued"
+        return False
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(resumed, paused)) == most
+    alice = any_store.seen_by("alice", everything=False)
+
+    def submitted(_: int) -> bool:
+        all_at_once.wait(10)
+        with suppress(LimitReached):
+            return alice.submit(SPEC, most_queued=most).status == "queued"
+        return False
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(submitted, range(8))) == most
+    assert any_store.counts() == {"alice": {"queued": most}, "default": {"paused": 8 - most, "queued": most}}
 
 
 @pytest.mark.slow
