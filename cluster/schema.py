@@ -76,11 +76,10 @@ def migrate(engine: Engine, version: str) -> None:
         (command.downgrade if back else command.upgrade)(config, version)
 
 
-def drop_tables(engine: Engine) -> None:
-    """Delete every table that this code knows, with what is in it, in one transaction. Tables of others stay."""
-    with _alone(engine) as connection:
-        TABLES.drop_all(connection)
-        connection.execute(text(f"drop table if exists {_MARK}"))
+def dropping() -> list[str]:
+    """The SQL statements that delete every table which this code knows, with what is in it. Tables of others stay."""
+    names = [*(table.name for table in reversed(TABLES.sorted_tables)), _MARK]
+    return [f"drop table if exists {name}" for name in names]
 
 
 def _is_marked(connection: Connection) -> bool:

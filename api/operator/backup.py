@@ -30,7 +30,7 @@ from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.snapshots import Digests, Snapshots, files_below
 from chainfed_ray.cluster.objects.working_copy import WorkingCopy
-from chainfed_ray.cluster.schema import VERSIONS, drop_tables, open_tables, version_of
+from chainfed_ray.cluster.schema import LOCK, VERSIONS, dropping, open_tables, version_of
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import JobRow, SiteOrderRow, UploadRow, moment
 from chainfed_ray.errors import CorruptCommit, InvalidSetting
@@ -259,33 +259,37 @@ def _check_postgresql(storage: Storage, url: URL, folder: Path) -> None:
 
 
 def _put_database(storage: Storage, url: URL, folder: Path, kept: Kept) -> None:
-    """Put the database back, in one step with the revocations that were ``kept``: or a cut would leave those keys valid."""
+    """Put the database back, in one step with the revocations that were ``kept``: or a cut would leave those keys valid.
+
+    A step that fails, or is cut, leaves the database that was there.
+    """
     if url.get_backend_name() == "sqlite":
         place = Path(str(url.database))
         partial = place.with_name(f"{place.name}.restored")
         partial.unlink(missing_ok=True)  # of a restore that was cut short
         partial.touch(mode=0o600)
         shutil.copyfile(folder / _SQLITE, partial)
-        with closing(sqlite3.connect(partial)) as copy:
-            if copy.execute("select 1 from sqlite_master where name = 'keys'").fetchone():
-                copy.executescript("\n".join(kept.revocations()))
+        try:
+            with closing(sqlite3.connect(partial)) as copy:
+                if copy.execute("select 1 from sqlite_master where name = 'keys'").fetchone():
+                    copy.executescript("\n".join(kept.revocations()))
+        except sqlite3.Error as error:
+            expected = f"a copy in which keys can be revoked ({error})"
+            raise InvalidSetting("FOLDER", str(folder), expected) from None
         for journal in ("-wal", "-shm"):  # of the database that was there
             place.with_name(place.name + journal).unlink(missing_ok=True)
         partial.replace(place)
     else:
-        with _opened(storage) as engine:
-            drop_tables(engine)  # pg_restore leaves tables that a later version has and the copy has not
         with tempfile.TemporaryDirectory(dir=storage.root) as scripts:  # of our user alone: it has hashes of keys
-            script, revocations = Path(scripts, "restore.sql"), Path(scripts, "revoke.sql")
-            options = ("--clean", "--if-exists", "--no-owner", f"--file={script}")
+            drop, put, revoke = (Path(scripts, name) for name in ("drop.sql", "put.sql", "revoke.sql"))
+            # pg_restore leaves tables that a later version has and the copy has not.
+            drop.write_text(";\n".join([f"select pg_advisory_xact_lock({LOCK})", *dropping(), ""]))
+            options = ("--clean", "--if-exists", "--no-owner", f"--file={put}")
             _run("pg_restore", *options, str(folder / _DUMP), url=url, connects=False)
-            there = "if to_regclass('keys') is not null then"
-            statements = "\n".join(kept.revocations())
-            revocations.write_text(
-                f"reset search_path;\ndo $revoke$ begin {there}\n{statements}\nend if; end $revoke$;\n"
-            )
+            statements = "\n".join(["if to_regclass('keys') is not null then", *kept.revocations(), "end if;"])
+            revoke.write_text(f"reset search_path;\ndo $revoke$ begin\n{statements}\nend $revoke$;\n")
             options = ("--no-psqlrc", "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1")
-            _run("psql", *options, f"--file={script}", f"--file={revocations}", url=url)
+            _run("psql", *options, *(f"--file={script}" for script in (drop, put, revoke)), url=url)
 
 
 def _run(program: str, *arguments: str, url: URL, connects: bool = True) -> None:

@@ -63,7 +63,7 @@ def test_a_job_that_pauses_after_any_round_ends_with_the_same_bits(
         run_queued_job(job, storage, asking(lambda: pause(store, job), turns=1))
         found = store.get(job)
         assert (found.status, found.activity) == ("paused", None)
-        with pytest.raises(LimitReached, match="MiB of jobs|KiB of jobs"):
+        with pytest.raises(LimitReached, match="iB of jobs"):
             store.kept_bytes.check("default", 1)
         assert len(CommitLog(storage.job(job)).rounds()) == done + 1, (
             "the round that ran is committed, and no other begins"
