@@ -388,6 +388,23 @@ def test_a_job_that_has_changed_since_it_was_looked_at_stays_as_it_is(
     ask(store.at([earlier, now]), job)
 
 
+def test_what_was_done_is_no_conflict_if_another_undoes_it_at_once(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, move = store.submit(SPEC).id, JobStore.move
+    later = [lambda: resume(store, job)]
+
+    def before_another(self: JobStore, *given: Any, **named: Any) -> bool:
+        done = move(self, *given, **named)
+        while done and later:
+            later.pop()()
+        return done
+
+    monkeypatch.setattr(JobStore, "move", before_another)
+    assert pause(store, job).status == "queued"
+    assert [event.kind for event in store.events(job)] == ["queued", "paused", "queued"]
+
+
 def test_a_queue_has_as_many_jobs_as_it_may_also_if_all_come_at_once(any_store: JobStore) -> None:
     most, paused = 3, [any_store.submit(SPEC).id for _ in range(8)]
     for job in paused:
