@@ -32,6 +32,7 @@
     ├── JobFailed          (RuntimeError)  a job finished without a model
     ├── JobNotFound        (LookupError)   the job does not exist
     ├── JobConflict        (RuntimeError)  the job's status does not allow what was requested
+    ├── PreconditionFailed (RuntimeError)  the job is another by now than it was when it was looked at
     ├── KeyNotFound        (LookupError)   no API key has this id
     ├── ModelNotFound      (LookupError)   the model is not served
     ├── UploadNotFound     (LookupError)   no upload has this id
@@ -334,12 +335,8 @@ class JobFailed(ChainFedError, RuntimeError):
 class JobNotFound(ChainFedError, LookupError):
     """No job has this name."""
 
-    def __init__(self, job: str) -> None:
-        super().__init__(job)
-        self.job = job
-
     def __str__(self) -> str:
-        return f"there is no job {shown(self.job)}; `chainfed list` shows all jobs"
+        return f"there is no job {shown(self.args[0])}; `chainfed list` shows all jobs"
 
 
 class JobConflict(ChainFedError, RuntimeError):
@@ -353,15 +350,18 @@ class JobConflict(ChainFedError, RuntimeError):
         return f"job {self.job} is {self.status}; it cannot {self.asked}"
 
 
+class PreconditionFailed(ChainFedError, RuntimeError):
+    """The state of a job has changed since it was looked at."""
+
+    def __str__(self) -> str:
+        return f"the state of job {self.args[0]} has changed since it had the ETag in If-Match; nothing was done"
+
+
 class KeyNotFound(ChainFedError, LookupError):
     """No API key has this id."""
 
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
-
     def __str__(self) -> str:
-        return f"there is no key {shown(self.key)}; `chainfed keys list` shows the ids of all keys"
+        return f"there is no key {shown(self.args[0])}; `chainfed keys list` shows the ids of all keys"
 
 
 class ModelNotFound(ChainFedError, LookupError):

@@ -13,7 +13,7 @@ from chainfed_ray.cluster.database import open_database, unhurried
 from chainfed_ray.cluster.tables import TABLES
 from chainfed_ray.errors import InvalidSetting
 
-VERSIONS = ("0001", "0002", "0003", "0004")
+VERSIONS = ("0001", "0002", "0003", "0004", "0005")
 """Every version of the tables, the oldest first. The last one is that of this code."""
 
 _MARK = "chainfed_version"  # the table that has the version
@@ -76,11 +76,10 @@ def migrate(engine: Engine, version: str) -> None:
         (command.downgrade if back else command.upgrade)(config, version)
 
 
-def drop_tables(engine: Engine) -> None:
-    """Delete every table that this code knows, with what is in it, in one transaction. Tables of others stay."""
-    with _alone(engine) as connection:
-        TABLES.drop_all(connection)
-        connection.execute(text(f"drop table if exists {_MARK}"))
+def dropping() -> list[str]:
+    """The SQL statements that delete every table which this code knows, with what is in it. Tables of others stay."""
+    names = [*(table.name for table in reversed(TABLES.sorted_tables)), _MARK]
+    return [f"drop table if exists {name}" for name in names]
 
 
 def _is_marked(connection: Connection) -> bool:

@@ -145,7 +145,9 @@ class JobRow(_Table):
     version: Mapped[int] = mapped_column(default=ROW_VERSION, server_default="1")
     deleted_at: Mapped[str | None] = mapped_column(default=None)
     priority: Mapped[int] = mapped_column(default=0, server_default="0")
-    kept_bytes: Mapped[int | None] = mapped_column(BigInteger, default=None)  # on disks, when it was over last
+    kept_bytes: Mapped[int | None] = mapped_column(
+        BigInteger, default=None
+    )  # on disks, when it was paused or over last
 
     def record(self) -> JobRecord:
         """The job as it is now."""
@@ -174,13 +176,17 @@ def _object(value: object) -> dict[str, Any] | None:
 
 
 class CountRow(_Table):
-    """How many jobs of a tenant are in a state, without those that are being deleted. Triggers of the database keep it."""
+    """How many jobs of a tenant are in a state, without those that are being deleted, and how many bytes are kept of them.
+
+    Triggers of the database keep both.
+    """
 
     __tablename__ = "job_counts"
 
     tenant: Mapped[str] = mapped_column(primary_key=True)
     status: Mapped[str] = mapped_column(primary_key=True)
     jobs: Mapped[int] = mapped_column(BigInteger)
+    bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
 class LabelRow(_Table):

@@ -227,7 +227,8 @@ def attributes(path: Path) -> list[ast.Attribute]:
 
 def is_private(node: ast.Attribute) -> bool:
     """Whether that is a private name of something else than the object itself."""
-    itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "super")
+    of = node.value.func if isinstance(node.value, ast.Call) and not node.value.args else node.value  # ``super()``
+    itself = isinstance(of, ast.Name) and of.id in ("self", "cls", "super")
     special = not node.attr.startswith("_") or node.attr.startswith("__") or node.attr in ("_replace", "_asdict")
     return not itself and not special
 

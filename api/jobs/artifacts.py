@@ -1,18 +1,18 @@
 """Routes of a job's artifacts: what it leaves for people to have."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Header, HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
-from starlette.types import Message, Receive, Scope, Send
 
+from chainfed_ray.api.jobs.etags import IfNoneMatch, is_known
 from chainfed_ray.api.jobs.report import ensure_report
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
+from chainfed_ray.api.rest.files import IfRange, Range, SentFile
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Jobs, WithService
 from chainfed_ray.cluster.files.artifacts import artifact, names_of
@@ -22,7 +22,6 @@ from chainfed_ray.errors import ArtifactNotFound
 
 router = APIRouter(prefix="/v1/jobs", tags=["artifacts"], route_class=StrictRoute)
 
-_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _PROBLEM = {"$ref": "#/components/schemas/ProblemDetails"}
 _ANY = "application/octet-stream"
 _TYPES = {".json": "application/json", ".md": "text/markdown", ".txt": "text/plain", ".png": "image/png"}
@@ -48,31 +47,6 @@ class ArtifactList(BaseModel):
     """What a job has left, by name."""
 
     artifacts: list[ArtifactResource]
-
-
-class _SentArtifact(FileResponse):
-    """Sends a file. Raises ``gone`` if it was deleted before its first byte was read: nothing has been sent by then."""
-
-    def __init__(self, *arguments: Any, gone: ArtifactNotFound, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._gone = gone
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection (the ASGI protocol)."""
-        waiting: list[Message] = []
-
-        async def send_with_bytes(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                waiting.append(message)
-                return
-            while waiting:
-                await send(waiting.pop())
-            await send(message)
-
-        try:
-            await super().__call__(scope, receive, send_with_bytes)
-        except FileNotFoundError:
-            raise self._gone from None
 
 
 @router.get("/{job}/artifacts")
@@ -107,42 +81,25 @@ def list_artifacts(job: str, jobs: Jobs, service: WithService) -> ArtifactList:
     },
 )
 def get_artifact(
-    job: str, name: ArtifactName, request: Request, jobs: Jobs, service: WithService,
-    if_none_match: Annotated[str | None, Header(description="an `ETag` of the file, which is then not sent again")] = None,
+    job: str, name: ArtifactName, jobs: Jobs, service: WithService,
+    if_none_match: IfNoneMatch = None, part: Range = None, still: IfRange = None,
 ) -> Response:  # fmt: skip
     """An artifact; with `Range` a part of it. `ETag` is its SHA-256."""
+    gone = ArtifactNotFound(job, name)
     path = _found(jobs, job, service.folder_of).get(name)
     if path is None:
-        raise ArtifactNotFound(job, name)
+        raise gone
     try:
-        one, state = artifact(name, path), path.stat()
+        tag = f'"{artifact(name, path).sha256}"'
+        sent = SentFile(path, _type(name), gone, tag)
     except FileNotFoundError:
-        raise ArtifactNotFound(job, name) from None
-    headers = {"ETag": f'"{one.sha256}"'}
-    if if_none_match is not None and headers["ETag"] in if_none_match:
-        return Response(status_code=304, headers=headers)
-    _check_range(request, headers["ETag"], one.bytes)
-    return _SentArtifact(
-        path, media_type=_type(name), headers=headers, stat_result=state, gone=ArtifactNotFound(job, name)
-    )
+        raise gone from None
+    if is_known(tag, if_none_match):
+        return Response(status_code=304, headers={"ETag": tag, "Cache-Control": sent.headers["Cache-Control"]})
+    return sent
 
 
-def _check_range(request: Request, tag: str, size: int) -> None:
-    """Refuse a part that the file does not have. A range of another form than `bytes=1-2`, `1-` or `-2` is not looked at.
-
-    Raises:
-        HTTPException: 416, if there is no such part.
-    """
-    given = request.headers.get("range")
-    if given is None or request.headers.get("if-range", tag) != tag:
-        return
-    match = _RANGE.fullmatch(given)
-    first, last = match.groups() if match else ("", "")
-    if match is None or (first and last and int(last) < int(first)) or not (first or last):
-        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
-    elif (first and int(first) >= size) or (not first and int(last) == 0):
-        detail = f"the file has {size} bytes; the range {given} is none of them"
-        raise HTTPException(416, detail, {"Content-Range": f"bytes */{size}"})
+router.add_api_route("/{job}/artifacts/{name:path}", get_artifact, methods=["HEAD"], include_in_schema=False)
 
 
 def _found(jobs: JobStore, job: str, folder_of: Callable[[str], Path] | None) -> dict[str, Path]:

@@ -1,73 +1,49 @@
 """Routes that tell a job what to do: pause, go on, end, be tried again, with changes, be deleted."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from pydantic import Field
 
+from chainfed_ray.api.jobs.etags import JobsAsSeen
 from chainfed_ray.api.jobs.merge_patch import BODY, Patch, patched
 from chainfed_ray.api.jobs.resources import JobResource, full
-from chainfed_ray.api.jobs.routes import IdempotencyKey, accept, listed, tagged
+from chainfed_ray.api.jobs.routes import IdempotencyKey, accept
 from chainfed_ray.api.rest.job_file import StrictRoute
-from chainfed_ray.api.rest.service import Caller, Jobs, WithService
+from chainfed_ray.api.rest.service import Caller, WithService
 from chainfed_ray.cluster.jobs import control
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
-IfMatch = Annotated[
-    list[Annotated[str, Field(max_length=1000)]] | None,
-    Header(
-        description="the `ETag` of the job, as it was looked at: if the job is another by now, nothing is done, and the "
-        "answer is 412. It may be a list, of which one must be the job's, or `*` for any; a weak one (`W/…`) is never the job's"
-    ),
-]
-
-
-def _check_match(job: str, jobs: Jobs, if_match: IfMatch = None) -> None:
-    """Refuse the request if the job is not as the caller saw it.
-
-    Raises:
-        HTTPException: 412, if the job has another ``ETag`` now.
-    """
-    named = listed(if_match)
-    if if_match is None or named == ["*"]:
-        return
-    _, tag = tagged(jobs, jobs.get(job))
-    if tag not in named:  # a weak one does not count: RFC 9110, 13.1.1
-        had = ", ".join(named)
-        raise HTTPException(412, f"job {job} is not as it was when it had the ETag {had}; it has {tag} now")
-
-
-router = APIRouter(
-    prefix="/v1/jobs/{job}", tags=["jobs"], route_class=StrictRoute, dependencies=[Depends(_check_match)]
-)
+router = APIRouter(prefix="/v1/jobs/{job}", tags=["jobs"], route_class=StrictRoute)
 
 
 @router.post("/pause", status_code=202)
-def pause_job(job: str, jobs: Jobs) -> JobResource:
+def pause_job(job: str, jobs: JobsAsSeen) -> JobResource:
     """Pause a job. One that runs is `pausing` until its present round is committed; then its processes end."""
     return full(jobs, control.pause(jobs, job))
 
 
 @router.post("/resume", status_code=202)
-def resume_job(job: str, jobs: Jobs, service: WithService, caller: Caller) -> JobResource:
+def resume_job(job: str, jobs: JobsAsSeen, service: WithService, caller: Caller) -> JobResource:
     """Let a paused job go on from its last commit, with the same result as if it had not paused. It waits in the queue."""
     service.check_fits(jobs.get(job).spec, caller)
+    service.check_kept(caller)
     return full(jobs, control.resume(jobs, job, service.queue_of(caller)))
 
 
 @router.post("/cancel", status_code=202)
-def cancel_job(job: str, jobs: Jobs) -> JobResource:
+def cancel_job(job: str, jobs: JobsAsSeen) -> JobResource:
     """Cancel a job. Its finished rounds are kept; a running job is `cancelling` until its processes have ended."""
     return full(jobs, control.cancel(jobs, job))
 
 
 @router.post("/retry", status_code=202)
-def retry_job(job: str, jobs: Jobs, service: WithService, caller: Caller) -> JobResource:
+def retry_job(job: str, jobs: JobsAsSeen, service: WithService, caller: Caller) -> JobResource:
     """Try a job again that failed or was cancelled. It goes on from its last finished round, and waits in the queue."""
     service.check_fits(jobs.get(job).spec, caller)
+    service.check_kept(caller)
     return full(jobs, control.retry(jobs, job, service.queue_of(caller), service.folder_of))
 
 
@@ -78,7 +54,7 @@ async def clone_job(
     request: Request,
     response: Response,
     service: WithService,
-    jobs: Jobs,
+    jobs: JobsAsSeen,
     caller: Caller,
     idempotency_key: IdempotencyKey = None,
 ) -> JobResource:
@@ -88,8 +64,8 @@ async def clone_job(
     return await accept(spec, request, response, service, jobs, caller, idempotency_key)
 
 
-@router.delete("", status_code=204)
-def delete_job(job: str, jobs: Jobs) -> None:
+@router.delete("", status_code=204, response_class=Response)
+def delete_job(job: str, jobs: JobsAsSeen) -> None:
     """Delete a job that is over, with its events, its files and its model. One whose model an alias names is kept."""
     control.delete(jobs, job)
 

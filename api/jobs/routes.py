@@ -7,14 +7,15 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
-from chainfed_ray.api.jobs.resources import JobPage, JobResource, JobSummary, came_late, full
+from chainfed_ray.api.jobs.etags import IfNoneMatch, is_known
+from chainfed_ray.api.jobs.resources import JobPage, JobResource, came_late, full
 from chainfed_ray.api.report.pictures import check_drawing
 from chainfed_ray.api.rest.job_file import BODY, StrictRoute, SubmittedJob
 from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, while_connected
 from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.pages import Place
-from chainfed_ray.cluster.tables import JobRecord, Status
+from chainfed_ray.cluster.tables import Status
 from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
@@ -35,18 +36,16 @@ class ClientPage(BaseModel):
 
 
 _LABEL = r"^[a-z0-9-]{1,63}=[^\x00]{0,63}$"
-_ETAG = {"ETag": {"description": "of this answer: it changes with the job", "schema": {"type": "string"}}}
+_ETAG = {
+    "ETag": {
+        "description": 'of this answer: `"<revision>-<digest>"`, of the job\'s state and of the bytes of the answer',
+        "schema": {"type": "string"},
+    }
+}
 _TAGGED: dict[int | str, dict[str, Any]] = {
     200: {"headers": _ETAG},
     304: {"description": "The job is as it was when the answer had this `ETag`", "headers": _ETAG},
 }
-IfNoneMatch = Annotated[
-    list[str] | None,
-    Header(
-        description="the `ETag` of an earlier answer, or a list of them: if nothing has changed since, the answer is 304, "
-        "as it is with `*`"
-    ),
-]
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -130,33 +129,20 @@ def list_jobs(
     labels = [(name, value) for name, _, value in (text.partition("=") for text in label or ())]
     lines = jobs.lines(limit + 1, place, states or None, labels)
     shown = lines[:limit]
-    page = JobPage(
-        jobs=[JobSummary.of(line) for line in shown],
-        next=Place.after(shown[-1]).cursor() if len(lines) > limit else None,
-    )
+    page = JobPage.of(shown, Place.after(shown[-1]).cursor() if len(lines) > limit else None)
     return Response(page.model_dump_json(), media_type="application/json")
 
 
 @router.get("/jobs/{job}", response_model=JobResource, responses=_TAGGED)
 def get_job(job: str, jobs: Jobs, if_none_match: IfNoneMatch = None) -> Response:
     """A job, with its progress and, once it is over, its result or its error."""
-    body, tag = tagged(jobs, jobs.get(job))
+    revision = jobs.revision(job)  # first: of a job that changes meanwhile, the tag is older than what is shown
+    body = full(jobs, jobs.get(job)).model_dump_json().encode()
+    tag = f'"{revision}-{blake2b(body, digest_size=16).hexdigest()}"'
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-    known = [one.removeprefix("W/") for one in listed(if_none_match)]
-    if tag in known or known == ["*"]:
+    if is_known(tag, if_none_match):
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
-
-
-def listed(lines: list[str] | None) -> list[str]:
-    """The members of a header, which may come in several lines: they are one list (RFC 9110, 5.3)."""
-    return [one.strip() for one in ",".join(lines or ()).split(",")]
-
-
-def tagged(jobs: JobStore, record: JobRecord) -> tuple[bytes, str]:
-    """A job as JSON, and its ``ETag``."""
-    body = full(jobs, record).model_dump_json().encode()
-    return body, f'"{blake2b(body, digest_size=16).hexdigest()}"'
 
 
 @router.get("/jobs/{job}/clients")

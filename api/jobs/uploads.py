@@ -158,7 +158,7 @@ async def _write(request: Request, file: Arriving) -> None:
             await run_in_threadpool(file.append, bytes(waiting))
 
 
-@router.delete("/{upload}", status_code=204)
+@router.delete("/{upload}", status_code=204, response_class=Response)
 def delete_upload(upload: UploadId, uploads: Uploads) -> None:
     """Delete an upload. 409 if a job that is not over reads it."""
     uploads.delete(upload)

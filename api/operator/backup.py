@@ -15,6 +15,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.snapshots import Digests, Snapshots, files_below
 from chainfed_ray.cluster.objects.working_copy import WorkingCopy
-from chainfed_ray.cluster.schema import VERSIONS, drop_tables, open_tables, version_of
+from chainfed_ray.cluster.schema import LOCK, VERSIONS, dropping, open_tables, version_of
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import JobRow, SiteOrderRow, UploadRow, moment
 from chainfed_ray.errors import CorruptCommit, InvalidSetting
@@ -127,7 +128,7 @@ def restore(storage: Storage, folder: Path, replace: bool = False) -> tuple[Back
         _remove_uploads(storage)
     for path in (folder / "uploads").glob("*/*"):
         _put_upload(storage, path.parent.name, path)
-    _put_database(storage, url, folder)
+    _put_database(storage, url, folder, kept)
     open_tables(storage.database, existing=True).dispose()  # a copy of an earlier version is brought forward
     with _opened(storage) as engine, engine.begin() as connection:
         connection.execute(delete(SiteOrderRow))  # their tensors are not in a copy; a job gives its orders again
@@ -244,37 +245,58 @@ def _copy_database(storage: Storage, folder: Path) -> None:
 
 
 def _check_postgresql(storage: Storage, url: URL, folder: Path) -> None:
-    """See that the database can be restored, before anything is changed: pg_restore is there, and all tables are known.
+    """See that the database can be restored, before anything is changed: the programs are there, and all tables are known.
 
     Raises:
         InvalidSetting: it cannot.
     """
     _run("pg_restore", "--list", str(folder / _DUMP), url=url)
+    _run("psql", "--no-psqlrc", "--command=select 1", url=url)
     found = _version(storage)
     if found is not None and found not in VERSIONS:  # it may have tables that nobody here knows to delete
         expected = f"an empty database, or one of version {VERSIONS[-1]} or before; this one has {found}"
         raise InvalidSetting("CHAINFED_DATABASE", url.render_as_string(), expected)
 
 
-def _put_database(storage: Storage, url: URL, folder: Path) -> None:
+def _put_database(storage: Storage, url: URL, folder: Path, kept: Kept) -> None:
+    """Put the database back, in one step with the revocations that were ``kept``: or a cut would leave those keys valid.
+
+    A step that fails, or is cut, leaves the database that was there.
+    """
     if url.get_backend_name() == "sqlite":
         place = Path(str(url.database))
         partial = place.with_name(f"{place.name}.restored")
         partial.unlink(missing_ok=True)  # of a restore that was cut short
         partial.touch(mode=0o600)
         shutil.copyfile(folder / _SQLITE, partial)
+        try:
+            with closing(sqlite3.connect(partial)) as copy:
+                if copy.execute("select 1 from sqlite_master where name = 'keys'").fetchone():
+                    copy.executescript("\n".join(kept.revocations()))
+        except sqlite3.Error as error:
+            expected = f"a copy in which keys can be revoked ({error})"
+            raise InvalidSetting("FOLDER", str(folder), expected) from None
         for journal in ("-wal", "-shm"):  # of the database that was there
             place.with_name(place.name + journal).unlink(missing_ok=True)
         partial.replace(place)
     else:
-        with _opened(storage) as engine:
-            drop_tables(engine)  # pg_restore leaves tables that a later version has and the copy has not
-        options = ("--clean", "--if-exists", "--no-owner", "--single-transaction")
-        _run("pg_restore", *options, str(folder / _DUMP), url=url)
+        with tempfile.TemporaryDirectory(dir=storage.root) as scripts:  # of our user alone: it has hashes of keys
+            drop, put, revoke = (Path(scripts, name) for name in ("drop.sql", "put.sql", "revoke.sql"))
+            # pg_restore leaves tables that a later version has and the copy has not.
+            drop.write_text(";\n".join([f"select pg_advisory_xact_lock({LOCK})", *dropping(), ""]))
+            options = ("--clean", "--if-exists", "--no-owner", f"--file={put}")
+            _run("pg_restore", *options, str(folder / _DUMP), url=url, connects=False)
+            statements = "\n".join(["if to_regclass('keys') is not null then", *kept.revocations(), "end if;"])
+            revoke.write_text(f"reset search_path;\ndo $revoke$ begin\n{statements}\nend $revoke$;\n")
+            options = ("--no-psqlrc", "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1")
+            _run("psql", *options, *(f"--file={script}" for script in (drop, put, revoke)), url=url)
 
 
-def _run(program: str, *arguments: str, url: URL) -> None:
-    """Run a program of PostgreSQL on the database at ``url``. The password is not among its arguments, which others see."""
+def _run(program: str, *arguments: str, url: URL, connects: bool = True) -> None:
+    """Run a program of PostgreSQL for the database at ``url``, which is among its arguments if it ``connects``.
+
+    The password is not: others see arguments.
+    """
     found = shutil.which(program) or max(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{program}")), default=None)
     shown = url.render_as_string()
     if found is None:
@@ -282,7 +304,7 @@ def _run(program: str, *arguments: str, url: URL) -> None:
     address = url.set(drivername="postgresql", password=None).render_as_string()
     secret = {"PGPASSWORD": str(url.password)} if url.password else {}
     done = subprocess.run(
-        [found, f"--dbname={address}", *arguments],
+        [found, *([f"--dbname={address}"] if connects else []), *arguments],
         env={**os.environ, **secret},
         capture_output=True,
         text=True,

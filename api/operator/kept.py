@@ -4,9 +4,9 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
-from sqlalchemy import Connection, CursorResult, func, insert, inspect, select, update
+from sqlalchemy import Connection, func, insert, inspect, select, update
 
 from chainfed_ray.cluster.tables import AuditRow, JobRow, KeyRow, UploadRow, moment
 
@@ -64,13 +64,18 @@ class Kept:
             os.fsync(file.fileno())
         partial.replace(place)
 
+    def revocations(self) -> list[str]:
+        """The SQL statements that revoke in a database what was revoked before."""
+        stays = (
+            update(KeyRow).where(KeyRow.id == key, KeyRow.revoked_at.is_(None)).values(revoked_at=at)
+            for key, at in sorted(self.revoked.items())
+        )
+        return [f"{statement.compile(compile_kwargs={'literal_binds': True})};" for statement in stays]
+
     def put_back(self, connection: Connection, since: str) -> "Returned":
-        """Revoke in a database that was restored what was revoked before, and add the entries that it lacks."""
-        revoked = []
-        for key, at in sorted(self.revoked.items()):
-            stays = update(KeyRow).where(KeyRow.id == key, KeyRow.revoked_at.is_(None)).values(revoked_at=at)
-            if cast("CursorResult[Any]", connection.execute(stays)).rowcount:
-                revoked.append(key)
+        """Add to a database that was restored, with what was revoked before, the entries that it lacks."""
+        known = set(connection.scalars(select(KeyRow.id)))
+        revoked = sorted(key for key, at in self.revoked.items() if at >= since and key in known)
         restored = set(map(tuple, _entries(connection, since)))
         missing = [entry for entry in self.entries if tuple(entry) not in restored and str(entry[0]) >= since]
         if missing:
@@ -91,7 +96,8 @@ class Returned:
     """What a restore did to keys and to the audit log.
 
     ``back`` are keys that are valid now and were not before; those of a lost database may have been revoked since the backup.
-    ``revoked`` were valid in the backup, and stay revoked. ``lost`` were valid before, and the backup does not have them.
+    ``revoked`` are in the backup, were revoked since it was begun, and stay so. ``lost`` were valid before, and the backup does
+    not have them.
     ``entries`` of the audit log are newer than the backup, and were kept.
     """
 

@@ -1,11 +1,12 @@
 """Routes of served models: list them, give them other names, and classify texts."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from random import choices
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.rest.job_file import StrictRoute
@@ -26,7 +27,7 @@ from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_conne
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.versions import ModelName, exits_of, name_of_exit, trained
 from chainfed_ray.cluster.tables import JobRecord
-from chainfed_ray.errors import InvalidJob, ModelNotFound
+from chainfed_ray.errors import InvalidJob, JobNotFound, ModelNotFound
 from chainfed_ray.serving.messages import ModelKey
 from chainfed_ray.spec.sections import ModelSpec
 
@@ -47,10 +48,14 @@ After = Annotated[
 
 @dataclass(frozen=True)
 class Found:
-    """A model by its name: how it stands in the list of models, and its name for the process that answers with it."""
+    """A model by its name: how it stands in the list of models, and its name for the process that answers with it.
+
+    It is served as long as ``needs``, a job, is there.
+    """
 
     model: ServedModel
     key: ModelKey
+    needs: str
 
 
 @router.get("/models")
@@ -107,11 +112,13 @@ def set_alias(alias: AliasName, body: AliasTargets, jobs: Jobs, caller: Caller) 
     targets = {name.removeprefix(own): share for name, share in body.targets.items()}
     if len(targets) < len(body.targets):
         raise InvalidJob.at("targets", sorted(body.targets), "each model once")
-    tasks = {_find(jobs, name, None).model.task for name in targets}
-    if len(tasks) > 1:
-        raise InvalidJob.at("targets", sorted(body.targets), "models of one task")
-    jobs.aliases.set(alias, targets)
-    return AliasResource(name=alias, targets=targets)
+    while True:
+        found = [_find(jobs, name, None) for name in targets]
+        if len({one.model.task for one in found}) > 1:
+            raise InvalidJob.at("targets", sorted(body.targets), "models of one task")
+        with suppress(JobNotFound):  # one was deleted meanwhile: another may be served under its name, or none
+            jobs.aliases.set(alias, targets, {one.needs for one in found})
+            return AliasResource(name=alias, targets=targets)
 
 
 @router.post("/aliases/{alias:path}/rollback")
@@ -123,7 +130,7 @@ def roll_back(alias: SeenAlias, jobs: Jobs) -> AliasResource:
     return AliasResource(name=alias, targets=shares)
 
 
-@router.delete("/aliases/{alias:path}", status_code=204)
+@router.delete("/aliases/{alias:path}", status_code=204, response_class=Response)
 def delete_alias(alias: SeenAlias, jobs: Jobs) -> None:
     """Delete an alias. The models stay."""
     if not jobs.aliases.delete(alias):
@@ -171,12 +178,12 @@ def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
         key = _key(found.record.spec["model"], found.record.id)._replace(
             round=found.stack.index, moving=None if isinstance(wanted, int) else wanted
         )
-        return Found(ServedModel.of_round(found), key)
+        return Found(ServedModel.of_round(found), key, found.record.id)
     if ":" in name and (record := jobs.model(name)):
-        return Found(ServedModel.of(record), _key(record.spec["model"], record.id))
+        return Found(ServedModel.of(record), _key(record.spec["model"], record.id), record.id)
     if ":" not in name and (records := jobs.on_base(name, _MOST_COMPARED)):
         record = next((record for record in records if record.spec["model"]["task"] == task), records[0])
-        return Found(ServedModel.of_base(record), _key(record.spec["model"], None))
+        return Found(ServedModel.of_base(record), _key(record.spec["model"], None), record.id)
     if ":" not in name and (shares := jobs.aliases.get(name)):
         tenant, slash, _ = name.rpartition("/")
         return _find(jobs, f"{tenant}{slash}{choices(list(shares), list(shares.values()))[0]}", task)
@@ -209,7 +216,7 @@ def _exit(jobs: JobStore, name: str) -> Found:
     if record is None or whole is None:
         raise _not_found(jobs, name)
     if score := next((score for score in scores if score.layers == layers), None):
-        return Found(whole.exit(score), _key(record.spec["model"], record.id)._replace(layers=layers))
+        return Found(whole.exit(score), _key(record.spec["model"], record.id)._replace(layers=layers), record.id)
     there = " or ".join(name_of_exit(whole.name, score.layers) for score in scores)
     expected = f"{there}, or without #layers the whole model" if there else "no #layers: this model has no early exits"
     raise InvalidJob.at("model", name, expected)

@@ -1,12 +1,13 @@
 """What the routes need from the rest of the program, as protocols: routes do not know where or how it runs.
 
-Work that a caller asked for ends when the caller goes away (``while_connected``).
+Work that a caller asked for ends when the caller goes away (``while_connected``), and so many may wait (``Waiting``).
 """
 
 import asyncio
 import logging
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,6 @@ from typing import Annotated, Protocol, TypeVar
 
 from fastapi import Depends, HTTPException, Request
 
-from chainfed_ray.api.rest.waiting import Waiting
 from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
 from chainfed_ray.cluster.files.uploads import UploadStore
@@ -26,6 +26,7 @@ from chainfed_ray.cluster.queries.client_memory import check_fits
 from chainfed_ray.cluster.queries.totals import TotalsOfJobs
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.sites.order_feed import OrderFeed
+from chainfed_ray.errors import ServiceBusy
 from chainfed_ray.records.fleet import FleetClient, clients_in
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
@@ -34,6 +35,9 @@ from chainfed_ray.spec.job import JobSpec
 Result = TypeVar("Result")
 _PATIENCE_SECONDS = 5.0  # for a part of the service
 _KEPT_SECONDS = 2.0
+MOST_WAITING = 200
+MOST_OF_TENANT = 50
+_WAITING_RETRY_SECONDS = 10  # until one of those that wait may be answered
 _log = logging.getLogger(__name__)
 
 
@@ -167,6 +171,30 @@ class Parts:
         return "ok"
 
 
+class Waiting:
+    """The requests that wait for ``what``. All calls come from one event loop."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._counts: Counter[str] = Counter()
+
+    @contextmanager
+    def one_more(self, tenant: str) -> Iterator[None]:
+        """Count a request of ``tenant`` for a block.
+
+        Raises:
+            ServiceBusy: too many wait already, of all tenants or of this one.
+        """
+        if self._counts.total() >= MOST_WAITING or self._counts[tenant] >= MOST_OF_TENANT:
+            raise ServiceBusy(f"requests that wait for {self._what}", _WAITING_RETRY_SECONDS)
+        self._counts[tenant] += 1
+        try:
+            yield
+        finally:
+            self._counts[tenant] -= 1
+            self._counts += Counter()  # forgets tenants that wait no more
+
+
 def _never() -> bool:
     return False
 
@@ -188,7 +216,7 @@ class Service:
     most_queued: int | None = None  # jobs that a tenant may have in the queue
     uploads: UploadStore | None = None
     upload_bytes: int = 2**30  # of an upload, at most
-    stored_bytes: int | None = None  # of a tenant: of its uploads, and of its jobs that are over
+    stored_bytes: int | None = None  # of a tenant: of its uploads, and of its jobs
     folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
     most_uploads: int | None = None  # of a tenant
     drains: Callable[[], bool] = _never  # whether the service is about to end
@@ -209,7 +237,9 @@ class Service:
             check_fits(document, self.client_slots, self.client_memory)
 
     def check_kept(self, caller: Identity) -> None:
-        """Check that there is room for what another job of the caller's tenant leaves. Without keys there is no limit.
+        """Check that there is room for what another job of the caller's tenant leaves, or more of one that goes on.
+
+        Without keys there is no limit.
 
         Raises:
             LimitReached: as many bytes as may be are kept for it already.

@@ -1,12 +1,15 @@
 """Routes for the processes at sites: they join, take orders, and send answers. Each needs a site's key (docs/sites.md)."""
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
+from chainfed_ray.api.rest.files import SentFile
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, WithService
 from chainfed_ray.cluster.sites.mailbox import site_address
@@ -45,7 +48,7 @@ def _check_protocol(spoken: int) -> None:
 
 
 SiteName = Annotated[str, Depends(_site)]
-OrderPath = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="the id of an order")]
+OrderPath = Annotated[str, PathParameter(pattern="^[0-9a-f]{32}$", description="the id of an order")]
 
 
 @router.post("/session")
@@ -93,12 +96,10 @@ def hear_order(order: OrderPath, body: Heartbeat, site: SiteName, service: WithS
     response_class=FileResponse,
     responses={200: {"content": {_JSON: _BYTES}}, 206: {"content": {_JSON: _BYTES}}},
 )
-def get_order_document(order: OrderPath, site: SiteName, service: WithService) -> FileResponse:
+def get_order_document(order: OrderPath, site: SiteName, service: WithService) -> SentFile:
     """The document of an order's job, which all its orders have in common; with `Range` a part of it."""
-    file = service.mailbox.document_of(site, order)
-    if not file.exists():
-        raise HTTPException(410, "the job of the order is over")
-    return FileResponse(file, media_type=_JSON)
+    gone = HTTPException(410, "the job of the order is over")
+    return _sent(service.mailbox.document_of(site, order), _JSON, gone)
 
 
 @router.get(
@@ -106,12 +107,10 @@ def get_order_document(order: OrderPath, site: SiteName, service: WithService) -
     response_class=FileResponse,
     responses={200: {"content": {_BINARY: _BYTES}}, 206: {"content": {_BINARY: _BYTES}}},
 )
-def get_order_tensors(order: OrderPath, site: SiteName, service: WithService) -> FileResponse:
+def get_order_tensors(order: OrderPath, site: SiteName, service: WithService) -> SentFile:
     """The tensors of an order, as a safetensors file; with `Range` a part of it."""
-    file = service.mailbox.tensors_of(site, order)
-    if file is None or not file.exists():
-        raise HTTPException(410, "the order has no tensors, or its job is over")
-    return FileResponse(file, media_type=_BINARY)
+    gone = HTTPException(410, "the order has no tensors, or its job is over")
+    return _sent(service.mailbox.tensors_of(site, order), _BINARY, gone)
 
 
 @router.get("/orders/{order}/tensors/received")
@@ -149,3 +148,12 @@ def answer_order(order: OrderPath, body: AnswerMessage, site: SiteName, service:
         raise HTTPException(413, f"the answer has more than {MOST_CHARACTERS} characters")
     service.mailbox.answer(site, order, body.session, body.answer)
     return Accepted()
+
+
+def _sent(file: Path | None, media_type: str, gone: HTTPException) -> SentFile:
+    if file is None:
+        raise gone
+    try:
+        return SentFile(file, media_type, gone)
+    except FileNotFoundError:
+        raise gone from None

@@ -73,6 +73,10 @@ class RowStacks:
 
 def _side_by_side(parts: Sequence[Adapter | LowRank | None]) -> Callable[[Tensor], Tensor]:
     """What takes each row through its own part. At least one row has a part."""
+    owns = [_matrices_of(part) for part in parts]
+    if len({tuple(values.shape for values in own) for own in owns}) == 1:  # as is usual: a copy of each, and no zeros
+        run, matrices = _run_of(parts[0]), [torch.stack(values) for values in zip(*owns, strict=True)]
+        return lambda hidden: run(hidden, *matrices)
     rows = _PartRows(len(parts))
     for row, part in enumerate(parts):
         rows.put(row, part)
@@ -186,7 +190,7 @@ class _PartRows:
         for matrix in self._matrices:
             matrix[row] = 0
         if part is not None:
-            self._run = _adapted if isinstance(part, Adapter) else _low_rank
+            self._run = _run_of(part)
             for matrix, values in zip(self._matrices, own, strict=True):
                 matrix[row, : values.shape[0], : values.shape[1]] = values  # another stack may be wider
 
@@ -207,6 +211,11 @@ class _PartRows:
         self._matrices = tuple(matrix.new_zeros(rows, *shape) for matrix, shape in zip(held, shapes, strict=True))
         for new, old in zip(self._matrices, held, strict=True):
             new[tuple(slice(size) for size in old.shape)] = old
+
+
+def _run_of(part: Adapter | LowRank | None) -> Callable[..., Tensor]:
+    """What takes rows through parts of this kind."""
+    return _adapted if isinstance(part, Adapter) else _low_rank
 
 
 def _matrices_of(part: Adapter | LowRank | None) -> tuple[Tensor, ...]:

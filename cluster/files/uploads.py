@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from chainfed_ray.cluster.files.tenant_lock import TenantLocks
 from chainfed_ray.cluster.files.upload_bytes import Arriving, upload_files
 from chainfed_ray.cluster.files.upload_sources import uploads_in
-from chainfed_ray.cluster.queries.kept_bytes import check_kept
+from chainfed_ray.cluster.queries.counts import check_kept
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.storage import UPLOADS, Storage
@@ -81,7 +81,7 @@ class UploadStore:
         """Begin an upload of ``size`` bytes, or give the one that the tenant has of this name and SHA-256.
 
         It is complete at once if the tenant has its bytes already. The tenant may have ``most_uploads``, and ``most_stored``
-        bytes of them and of jobs that are over.
+        bytes of them and of its jobs.
 
         Raises:
             InvalidJob: the tenant has an upload of this SHA-256 with another size.

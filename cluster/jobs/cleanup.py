@@ -40,7 +40,7 @@ def clean_up(job: str, storage: Storage) -> OSError | None:
 
 
 def note_bytes(job: str, store: JobStore, storage: Storage) -> None:
-    """Put on record how many bytes are kept of a job that is about to be over: its commits, its stacks and its log.
+    """Put on record how many bytes are kept of a job that is about to be over, or paused: its commits, stacks and log.
 
     Raises:
         OSError: the object store is away.
@@ -50,6 +50,15 @@ def note_bytes(job: str, store: JobStore, storage: Storage) -> None:
     else:
         count = sum(_size(Path(folder, name)) for folder, _, names in os.walk(storage.job(job)) for name in names)
     store.kept_bytes.note(job, count)
+
+
+def pause(job: str, store: JobStore, storage: Storage) -> None:
+    """Move a job that is to pause, of which nothing runs any more, to its pause."""
+    try:
+        note_bytes(job, store, storage)
+    except OSError as error:  # the object store is away: the pause does not wait for it
+        _log.warning("what is kept of job %s, which pauses, is not counted: %s", job, error)
+    store.move(job, "paused", before=("pausing",))
 
 
 def _size(path: Path) -> int:

@@ -3,16 +3,21 @@
 Each asks for a state, and says why the job cannot get there.
 
 A process of the API calls these. The controller and the job's coordinator then do what the state asks for. All are safe to
-call twice: a job that is already there stays as it is.
+call twice: a job that is already there stays as it is. Given jobs ``at`` a revision, they do nothing to a job that has another
+one by then, and raise ``PreconditionFailed``.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.versions import ModelName, trained
+from chainfed_ray.cluster.queries.deletions import AliasesChanged
 from chainfed_ray.cluster.tables import JobRecord, Status
 from chainfed_ray.errors import JobConflict
+
+_LOOKS = 10  # at aliases that change meanwhile
 
 
 def pause(store: JobStore, job: str) -> JobRecord:
@@ -24,9 +29,8 @@ def pause(store: JobStore, job: str) -> JobRecord:
     """
     store.get(job)
     # The job may start, or end, between two calls. Then the first move fails, and the next one is made from where it is.
-    if not store.move(job, "paused", before=("queued",)):
-        store.move(job, "pausing")
-    return _reached(store, job, ("pausing", "paused"), "be paused")
+    moved = store.move(job, "paused", before=("queued",)) or store.move(job, "pausing")
+    return _reached(store, job, moved, ("pausing", "paused"), "be paused")
 
 
 def resume(store: JobStore, job: str, most_queued: int | None = None) -> JobRecord:
@@ -42,9 +46,9 @@ def resume(store: JobStore, job: str, most_queued: int | None = None) -> JobReco
     """
     store.get(job)
     goes_on: Status = "running" if store.newest(job, "started") else "validating"
-    if not store.move(job, goes_on, before=("pausing",)):
-        store.move(job, "queued", before=("paused",), most_queued=most_queued)
-    return _reached(store, job, ("queued", "validating", "running"), "be resumed")
+    moved = store.move(job, goes_on, before=("pausing",))
+    moved = moved or store.move(job, "queued", before=("paused",), most_queued=most_queued)
+    return _reached(store, job, moved, ("queued", "validating", "running"), "be resumed")
 
 
 def cancel(store: JobStore, job: str) -> JobRecord:
@@ -54,9 +58,9 @@ def cancel(store: JobStore, job: str) -> JobRecord:
         JobNotFound: there is no such job.
         JobConflict: the job has a result, or has failed.
     """
-    if store.get(job).started_at is not None or not store.move(job, "cancelled", before=("queued",)):
-        store.move(job, "cancelling")
-    return _reached(store, job, ("cancelling", "cancelled"), "be cancelled")
+    moved = store.get(job).started_at is None and store.move(job, "cancelled", before=("queued",))
+    moved = moved or store.move(job, "cancelling")
+    return _reached(store, job, moved, ("cancelling", "cancelled"), "be cancelled")
 
 
 def retry(
@@ -81,8 +85,8 @@ def retry(
             "be tried again: the secret of its noise was erased when it ended, and other noise would weaken its privacy"
         )
         raise JobConflict(job, record.status, asked)
-    store.move(job, "queued", before=ended, most_queued=most_queued)
-    return _reached(store, job, ("queued", "validating", "running"), "be tried again")
+    moved = store.move(job, "queued", before=ended, most_queued=most_queued)
+    return _reached(store, job, moved, ("queued", "validating", "running"), "be tried again")
 
 
 def _has_round(store: JobStore, job: str, folder_of: Callable[[str], Path] | None) -> bool:
@@ -103,13 +107,18 @@ def delete(store: JobStore, job: str) -> None:
     """
     record = store.get(job)
     own = store.seen_by(record.tenant, everything=False)
-    for alias, shares in own.aliases.all().items():
-        if any(_job_of(own, name) == job for name in shares):
-            tenant, slash, _ = record.model.rpartition("/")  # as whoever asks calls what is another tenant's
-            asked = f"be deleted: the alias {tenant}{slash}{alias} stands for its model; let it stand for another, or delete it"
-            raise JobConflict(job, record.status, asked)
-    if not store.deletions.mark(job):
-        raise JobConflict(job, store.get(job).status, "be deleted")
+    for _ in range(_LOOKS):
+        seen = own.aliases.all()
+        for alias, shares in seen.items():
+            if any(_job_of(own, name) == job for name in shares):
+                tenant, slash, _ = record.model.rpartition("/")  # as whoever asks calls what is another tenant's
+                named = f"the alias {tenant}{slash}{alias} stands for its model"
+                raise JobConflict(job, record.status, f"be deleted: {named}; let it stand for another, or delete it")
+        with suppress(AliasesChanged):
+            if store.deletions.mark(job, (record.tenant, seen)):
+                return
+            raise JobConflict(job, store.get(job).status, "be deleted")
+    raise JobConflict(job, record.status, "be deleted now: the aliases of its tenant change; send the request again")
 
 
 def _job_of(store: JobStore, model: str) -> str | None:
@@ -126,8 +135,10 @@ def _job_of(store: JobStore, model: str) -> str | None:
     return record.id if record else None
 
 
-def _reached(store: JobStore, job: str, wanted: tuple[Status, ...], asked: str) -> JobRecord:
+def _reached(store: JobStore, job: str, moved: bool, wanted: tuple[Status, ...], asked: str) -> JobRecord:
+    if not moved:
+        store.check_revision(job)  # or whoever moved it has checked it
     record = store.get(job)
-    if record.status not in wanted:
+    if not moved and record.status not in wanted:  # one that was moved may have been moved on by another
         raise JobConflict(job, record.status, asked)
     return record

@@ -15,7 +15,7 @@ from typing import Protocol
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.draining import Drain
-from chainfed_ray.cluster.jobs.cleanup import clean_up, described, fail, has_died_too_often, note_bytes
+from chainfed_ray.cluster.jobs.cleanup import clean_up, described, fail, has_died_too_often, note_bytes, pause
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.client_memory import check_fits, memory_at_once, why_it_waits
 from chainfed_ray.cluster.storage import Settings
@@ -100,7 +100,7 @@ class Controller:
         for job in self._store.page(status="pausing"):
             with _apart(job.id, job.tenant):
                 if job.id not in alive and self._coordinators.end(job.id):
-                    self._store.move(job.id, "paused", before=("pausing",))
+                    pause(job.id, self._store, self._settings.storage)
 
         # 3. End coordinators whose job is over, or paused. An idle one would keep the autoscaler from giving its machine back.
         at_work = self._store.page(limit=self._settings.parallel_jobs + 1000, status=AT_WORK)

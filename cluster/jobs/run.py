@@ -20,7 +20,7 @@ from chainfed_ray.cluster.files.job_log import WITHHELD, JobLog
 from chainfed_ray.cluster.files.upload_sources import rules_of_job
 from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.activity_record import ActivityRecord
-from chainfed_ray.cluster.jobs.cleanup import clean_up, described, fail, note_bytes
+from chainfed_ray.cluster.jobs.cleanup import clean_up, described, fail, note_bytes, pause
 from chainfed_ray.cluster.jobs.commits import Commits, wait_for
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
@@ -80,7 +80,8 @@ def run_queued_job(
     while True:
         try:
             with closing(JobStore(storage.database, existing=True)) as store:
-                store.move(job, "paused", before=("pausing",))  # nothing of it runs now
+                if store.get(job).status == "pausing":
+                    pause(job, store, storage)  # nothing of it runs now
                 if store.get(job).status not in AT_WORK or Drain(storage.root).has_begun():
                     return
                 record = store.get(job)

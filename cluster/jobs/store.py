@@ -28,14 +28,14 @@ from sqlalchemy.orm import Session
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.files.upload_sources import hold_uploads
 from chainfed_ray.cluster.queries.aliases import Aliases
-from chainfed_ray.cluster.queries.counts import counts
+from chainfed_ray.cluster.queries.counts import KeptBytes, counts
 from chainfed_ray.cluster.queries.deletions import Deletions
-from chainfed_ray.cluster.queries.kept_bytes import KeptBytes
+from chainfed_ray.cluster.queries.events import append_event, check_revision, latest_of, revision_of
 from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
 from chainfed_ray.cluster.queries.newest_models import NewestModels
 from chainfed_ray.cluster.queries.pages import Label, Place, page_of
 from chainfed_ray.cluster.queries.rounds import Rounds
-from chainfed_ray.cluster.queries.served_names import served_name
+from chainfed_ray.cluster.queries.served_names import STARTED, rows_on_base, served_name
 from chainfed_ray.cluster.queries.turns import Turns, check_queue
 from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.tables import (
@@ -57,10 +57,6 @@ from chainfed_ray.cluster.tracing import carried
 from chainfed_ray.errors import JobConflict, JobNotFound
 from chainfed_ray.spec.job import JobSpec
 
-_CHECKED: tuple[Status, ...] = ("queued", "running", "pausing", "paused", "succeeded")
-_STARTED = (JobRow.status.in_(_CHECKED), JobRow.started_at.is_not(None), JobRow.deleted_at.is_(None))
-"""The conditions that a job has started, so it has been checked, or has succeeded."""
-
 
 class JobStore:
     """The jobs in the database at ``url``; safe to use from several threads and processes.
@@ -78,6 +74,7 @@ class JobStore:
     def __init__(self, url: str, existing: bool = False) -> None:
         self._engine = open_tables(url, existing)
         self._view = View()
+        self._revisions: Collection[int] | None = None
         self.rounds, self._newest_models = Rounds(self._engine), NewestModels(self._engine)
         self.turns = Turns(self._engine)  # of the tenants, to have a job begin
         self.kept_bytes = KeptBytes(self._engine)
@@ -89,6 +86,12 @@ class JobStore:
         """
         part = copy(self)
         part._view = View(tenant, everything)
+        return part
+
+    def at(self, revisions: Collection[int] | None) -> Self:
+        """These jobs, of which one is moved or deleted only while its revision is one of ``revisions``; None is any."""
+        part = copy(self)
+        part._revisions = revisions
         return part
 
     def close(self) -> None:
@@ -139,7 +142,7 @@ class JobStore:
                 session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 hold_uploads(session, row.tenant, document)
                 check_queue(session, row.tenant, most_queued)
-                _append(session, row.id, "queued", "queued", row.submitted_at, carried())
+                append_event(session, row.id, "queued", "queued", row.submitted_at, carried())
                 return self._record(row)
         except IntegrityError:
             if key is None:
@@ -219,7 +222,7 @@ class JobStore:
     def of_model(self, name: str, limit: int = 100) -> list[JobRecord]:
         """At most ``limit`` jobs that have started or succeeded and whose model is called ``name``, the newest first."""
         tenant, own = self._view.parts(name)
-        query = select(JobRow).where(JobRow.tenant == tenant, JobRow.model == own, *_STARTED)
+        query = select(JobRow).where(JobRow.tenant == tenant, JobRow.model == own, *STARTED)
         return [record for record in self._found(query.order_by(JobRow.number.desc()).limit(limit)) if record.spec]
 
     def bases(self) -> list[JobRecord]:
@@ -227,7 +230,7 @@ class JobStore:
 
         Such a job has been checked, so its base model is there and can be loaded.
         """
-        checked = select(func.max(JobRow.number)).where(self._seen, *_STARTED)
+        checked = select(func.max(JobRow.number)).where(self._seen, *STARTED)
         newest = checked.group_by(JobRow.tenant, JobRow.model)
         query = select(JobRow).where(JobRow.number.in_(newest)).order_by(JobRow.number)
         found = {record.model.partition(":")[0]: record for record in self._found(query) if record.spec}
@@ -236,12 +239,9 @@ class JobStore:
     def on_base(self, name: str, limit: int) -> list[JobRecord]:
         """At most ``limit`` jobs that have started or succeeded on a base model called ``name``, the newest first."""
         tenant, own = self._view.parts(name)
-        of_base = (JobRow.tenant == tenant, JobRow.model.startswith(f"{own}:", autoescape=True))
-        query = select(JobRow).where(*of_base, *_STARTED).order_by(JobRow.number.desc()).limit(limit)
         with Session(self._engine) as session:
-            # SQLite compares without regard to case.
-            rows = [row for row in session.scalars(query) if row.model.partition(":")[0] == own]
-            return [record for record in map(self._record, rows) if record.spec]
+            records = map(self._record, rows_on_base(session, tenant, own, limit))
+            return [record for record in records if record.spec]
 
     def model_names(self, limit: int) -> list[str]:
         """The names of at most ``limit`` models of jobs that succeeded, sorted."""
@@ -258,7 +258,7 @@ class JobStore:
     @property
     def deletions(self) -> Deletions:
         """The jobs, of all tenants, that are being deleted."""
-        return Deletions(self._engine)
+        return Deletions(self._engine, self._revisions)
 
     def move(
         self,
@@ -277,6 +277,7 @@ class JobStore:
         Raises:
             LimitReached: the job would go into the queue, and the tenant has as many jobs there as it may.
             InvalidJob: the job would go into the queue, and an upload that it reads is there no more.
+            PreconditionFailed: the job has another revision than those that it is to have (see ``at``).
         """
         now = moment()
         values: dict[str, Any] = {"status": to, "version": ROW_VERSION}
@@ -297,11 +298,12 @@ class JobStore:
             )
             if cast("CursorResult[Any]", changed).rowcount == 0:
                 return False
+            check_revision(session, job, self._revisions)
             if to == "queued":
                 tenant, document = session.execute(select(JobRow.tenant, JobRow.spec).where(JobRow.id == job)).one()
                 hold_uploads(session, tenant, document or {})
                 check_queue(session, tenant, most_queued, was_paused=before == ("paused",))
-            _append(session, job, None, to, now, error or (carried() if to == "queued" else {}))
+            append_event(session, job, None, to, now, error or (carried() if to == "queued" else {}))
         return True
 
     def note_activity(self, job: str, activity: Activity) -> None:
@@ -312,18 +314,19 @@ class JobStore:
 
     def latest(self, jobs: Collection[str]) -> dict[str, Latest]:
         """What is new about each of ``jobs``."""
-        last = (
-            select(EventRow.job, func.max(EventRow.seq).label("seq"))
-            .where(EventRow.job.in_(jobs))
-            .group_by(EventRow.job)
-        )
-        events = last.subquery()
-        query = select(JobRow.id, events.c.seq, JobRow.status, JobRow.activity).join(events, events.c.job == JobRow.id)
         with Session(self._engine) as session:
-            return {
-                job: Latest(seq, activity if status in AT_WORK else None)
-                for job, seq, status, activity in session.execute(query)
-            }
+            return latest_of(session, jobs)
+
+    def revision(self, job: str) -> int:
+        """The revision of a job (see ``revision_of``)."""
+        _check_id(job)
+        with Session(self._engine) as session:
+            return revision_of(session, job)
+
+    def check_revision(self, job: str) -> None:
+        """Raise ``PreconditionFailed`` if the job has another revision than those that it is to have (see ``at``)."""
+        with Session(self._engine) as session:
+            check_revision(session, job, self._revisions)
 
     def count_restart(self, job: str) -> int:
         """Count a restart of the job's coordinator. Returns how many there were since the last finished round."""
@@ -337,7 +340,7 @@ class JobStore:
             # Write first, to lock the job's row (on SQLite, the database): no other process may number an event meanwhile.
             session.execute(update(JobRow).where(JobRow.id == job).values(restarts=JobRow.restarts))
             if session.scalar(select(EventRow.seq).where(EventRow.job == job, EventRow.key == key)) is None:
-                _append(session, job, key, kind, moment(), data)
+                append_event(session, job, key, kind, moment(), data)
                 session.execute(update(JobRow).where(JobRow.id == job).values(restarts=0))
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> list[Event]:
@@ -389,10 +392,3 @@ class JobStore:
 def _check_id(job: str) -> None:
     if "\0" in job:  # no id has one, and PostgreSQL raises an error of its own when it is asked for it
         raise JobNotFound(job)
-
-
-def _append(session: Session, job: str, key: str | None, kind: str, at: str, data: dict[str, Any]) -> None:
-    """Add the next event. Without a ``key`` it may come again. The caller's transaction must hold the lock of the job's row."""
-    seq = (session.scalar(select(func.max(EventRow.seq)).where(EventRow.job == job)) or 0) + 1
-    session.add(EventRow(job=job, seq=seq, key=key or f"{kind} {seq}", kind=kind, at=at, data=data))
-    session.flush()

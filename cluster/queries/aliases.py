@@ -1,6 +1,6 @@
 """Aliases: names that callers keep while the models behind them change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, cast
 
@@ -9,8 +9,9 @@ from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.tables import AliasRow
+from chainfed_ray.cluster.tables import AliasRow, JobRow
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
+from chainfed_ray.errors import JobNotFound
 
 _KEPT_TARGETS = 20  # that an alias had before
 Shares = dict[str, float]
@@ -25,13 +26,8 @@ class Aliases:
 
     def all(self) -> dict[str, Shares]:
         """Every alias, with the share that each of its models has of the requests."""
-        query = select(AliasRow).order_by(AliasRow.name)
-        if not self._view.everything:
-            of_others = AliasRow.name.contains("/")
-            own = AliasRow.name.startswith(f"{self._view.tenant}/", autoescape=True)
-            query = query.where(~of_others if self._view.tenant == DEFAULT_TENANT else own)
         with Session(self._engine) as session:
-            return {self._view.alias_name(row.name): row.targets[-1] for row in session.scalars(query)}
+            return aliases_of(session, self._view)
 
     def get(self, name: str) -> Shares | None:
         """What one alias stands for; None if there is none of this name."""
@@ -39,20 +35,31 @@ class Aliases:
             row = session.get(AliasRow, self._view.alias_key(name))
             return row.targets[-1] if row else None
 
-    def set(self, name: str, shares: Shares) -> None:
-        """Let an alias stand for other models. What it stood for is kept, so that ``roll_back`` can return to it."""
+    def set(self, name: str, shares: Shares, jobs: Collection[str] = ()) -> None:
+        """Let an alias stand for other models. What it stood for is kept, so that ``roll_back`` can return to it.
+
+        The models are served as long as ``jobs`` are there: none of these is deleted before the alias is known to whoever
+        deletes it.
+
+        Raises:
+            JobNotFound: one of ``jobs`` is deleted already.
+        """
         key = self._view.alias_key(name)
         with suppress(IntegrityError):  # another process adds it at the same moment
-            return self._set(key, shares)
-        self._set(key, shares)
+            return self._set(key, shares, jobs)
+        self._set(key, shares, jobs)
 
-    def _set(self, name: str, shares: Shares) -> None:
+    def _set(self, name: str, shares: Shares, jobs: Collection[str]) -> None:
         with Session(self._engine) as session, session.begin():
             row = _locked(session, name)
             if row is None:
                 session.add(AliasRow(name=name, targets=[shares]))
             elif row.targets[-1] != shares:
                 row.targets = [*row.targets[-_KEPT_TARGETS:], shares]
+            session.flush()  # the alias is locked before its jobs, as by who deletes one
+            there = select(JobRow.id).where(JobRow.id.in_(jobs), JobRow.deleted_at.is_(None)).order_by(JobRow.id)
+            if gone := set(jobs) - set(session.scalars(there.with_for_update(read=True))):
+                raise JobNotFound(min(gone))
 
     def roll_back(self, name: str, is_served: Callable[[str], bool]) -> Shares | None:
         """Return an alias to what it stood for before, of which every model ``is_served``. None if there is no such thing."""
@@ -71,6 +78,17 @@ class Aliases:
         with Session(self._engine) as session, session.begin():
             gone = session.execute(delete(AliasRow).where(AliasRow.name == self._view.alias_key(name)))
             return cast("CursorResult[Any]", gone).rowcount > 0
+
+
+def aliases_of(session: Session, view: View, locked: bool = False) -> dict[str, Shares]:
+    """What each alias that the ``view`` sees stands for. If they are ``locked``, nobody changes one in this transaction."""
+    query = select(AliasRow.name, AliasRow.targets).order_by(AliasRow.name)
+    if not view.everything:
+        of_others = AliasRow.name.contains("/")
+        own = AliasRow.name.startswith(f"{view.tenant}/", autoescape=True)
+        query = query.where(~of_others if view.tenant == DEFAULT_TENANT else own)
+    found = session.execute(query.with_for_update() if locked else query)
+    return {view.alias_name(name): targets[-1] for name, targets in found}
 
 
 def _locked(session: Session, name: str) -> AliasRow | None:

@@ -3,29 +3,52 @@
 So a process that is killed in between leaves no files without a row that names them.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.queries.aliases import Shares, aliases_of
+from chainfed_ray.cluster.queries.events import check_revision
+from chainfed_ray.cluster.queries.served_names import rows_on_base
 from chainfed_ray.cluster.tables import FINISHED, EventRow, JobRow, LabelRow, moment
+from chainfed_ray.cluster.tenants import View
+
+
+class AliasesChanged(Exception):
+    """A tenant has other aliases than those that were looked at, or one would stand for nothing: look again."""
 
 
 class Deletions:
-    """The jobs that are being deleted, in the database behind ``engine``."""
+    """The jobs that are being deleted, in the database behind ``engine``. See ``check_revision`` for ``revisions``."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, revisions: Collection[int] | None = None) -> None:
+        self._engine, self._revisions = engine, revisions
 
-    def mark(self, job: str) -> bool:
-        """Hide a job that is over, and delete its events. False if there is none, or it is not over."""
+    def mark(self, job: str, seen: tuple[str, Mapping[str, Shares]] | None = None) -> bool:
+        """Hide a job that is over, and delete its events. False if there is none, or it is not over.
+
+        ``seen`` are a tenant and its aliases, none of which stands for the job's model.
+
+        Raises:
+            AliasesChanged: one may stand for it by now.
+            PreconditionFailed: the job has another revision.
+        """
         is_over = (JobRow.id == job, JobRow.status.in_(FINISHED), JobRow.deleted_at.is_(None))
         with Session(self._engine) as session, session.begin():
+            if seen is not None:
+                # Aliases are locked before jobs, as by who sets one: so neither waits for the other in a circle.
+                aliases_of(session, View(seen[0], everything=False), locked=True)
             # The key of its submission is free: the same request makes a new job.
             marked = session.execute(update(JobRow).where(*is_over).values(deleted_at=moment(), request_key=None))
             if cast("CursorResult[Any]", marked).rowcount == 0:
                 return False
+            check_revision(session, job, self._revisions)
+            # Who makes a new alias locks the jobs for which it stands: it is here by now, or finds this job deleted.
+            if seen is not None:
+                _check_aliases(session, job, *seen)
             session.execute(delete(EventRow).where(EventRow.job == job))
         return True
 
@@ -41,3 +64,17 @@ class Deletions:
             session.execute(delete(EventRow).where(EventRow.job == job))  # of a process that had not heard of it yet
             session.execute(delete(LabelRow).where(LabelRow.job == job))
             session.execute(delete(JobRow).where(JobRow.id == job, JobRow.deleted_at.is_not(None)))
+
+
+def _check_aliases(session: Session, job: str, tenant: str, seen: Mapping[str, Shares]) -> None:
+    """Check that no alias of ``tenant`` stands for nothing without a job, where none of those that were ``seen`` would.
+
+    Raises:
+        AliasesChanged: there are others than those, or another deletion has left this one job on a base model with an alias.
+    """
+    if aliases_of(session, View(tenant, everything=False)) != seen:
+        raise AliasesChanged
+    model, status = session.execute(select(JobRow.model, JobRow.status).where(JobRow.id == job)).one()
+    base, names = model.partition(":")[0], {name for shares in seen.values() for name in shares}
+    if status == "succeeded" and base in names and not rows_on_base(session, tenant, base, 1):
+        raise AliasesChanged

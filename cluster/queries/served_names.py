@@ -4,13 +4,16 @@ from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.tables import JobRow
+from chainfed_ray.cluster.tables import JobRow, Status
 
 _LOOKED_AT = 100  # jobs whose names begin alike
 _DIGITS = 6
+_CHECKED: tuple[Status, ...] = ("queued", "running", "pausing", "paused", "succeeded")
+STARTED = (JobRow.status.in_(_CHECKED), JobRow.started_at.is_not(None), JobRow.deleted_at.is_(None))
+"""The conditions that a job has started, so it has been checked, or has succeeded."""
 
 
 def served_name(session: Session, job: JobRow, base: str) -> str:
@@ -41,6 +44,15 @@ def served_name(session: Session, job: JobRow, base: str) -> str:
     if owner(marked) == base:
         return f"{marked}:{name}"
     return f"{stem if owner(stem) in (None, base) else marked}:{name}"
+
+
+def rows_on_base(session: Session, tenant: str | None, name: str, limit: int) -> list[JobRow]:
+    """At most ``limit`` jobs of ``tenant`` that have started or succeeded on a base model of this name, the newest first."""
+    prefix = f"{name}:"
+    alike = JobRow.model.startswith(prefix, autoescape=True)  # of which SQLite compares the case no further
+    same = func.substr(JobRow.model, 1, len(prefix)) == prefix
+    query = select(JobRow).where(JobRow.tenant == tenant, alike, same, *STARTED)
+    return list(session.scalars(query.order_by(JobRow.number.desc()).limit(limit)))
 
 
 def _with_bases(session: Session, query: Select[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.storage import QUEUED_JOBS
-from chainfed_ray.cluster.tables import JobRow, TurnRow
+from chainfed_ray.cluster.tables import CountRow, JobRow, TurnRow
 from chainfed_ray.errors import LimitReached
 
 _QUEUE_SECONDS = 60  # until a place in a full queue may be free
@@ -78,8 +78,8 @@ def check_queue(session: Session, tenant: str, most: int | None, was_paused: boo
         LimitReached: it has more.
     """
     counted = ("queued",) if was_paused else ("queued", "paused")
-    found = select(func.count()).select_from(JobRow).where(JobRow.tenant == tenant, JobRow.status.in_(counted))
-    if most is not None and session.scalars(found).one() > most:
+    found = select(func.sum(CountRow.jobs)).where(CountRow.tenant == tenant, CountRow.status.in_(counted))
+    if most is not None and (session.scalar(found) or 0) > most:
         raise LimitReached(
             tenant, f"a queue of {most}{'' if was_paused else ' with its paused jobs'}", QUEUED_JOBS, _QUEUE_SECONDS
         )

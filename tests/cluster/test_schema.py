@@ -103,6 +103,30 @@ def test_forward_and_back_with_the_rows_of_the_version_before(engine: Engine, da
 
 
 @pytest.mark.slow
+def test_what_is_kept_of_jobs_is_added_up_once_and_kept_from_then_on(engine: Engine, database: str) -> None:
+    first_version(engine)
+    migrate(engine, "0004")
+    write(engine, "update jobs set kept_bytes = number * 100")
+    kept = "select status, jobs, bytes from job_counts where jobs > 0 or bytes <> 0 order by bytes"
+    store = JobStore(database, existing=True)
+    assert rows(engine, kept) == [("succeeded", 1, 100), ("running", 1, 200), ("queued", 1, 300)]
+    store.kept_bytes.note("done-1", 50)
+    store.move("next-1", "paused")
+    store.submit(SPEC)
+    assert rows(engine, kept) == [("queued", 1, 0), ("succeeded", 1, 50), ("running", 1, 200), ("paused", 1, 300)]
+    store.deletions.mark("done-1")
+    store.deletions.purge("done-1")
+    assert rows(engine, kept) == [("queued", 1, 0), ("running", 1, 200), ("paused", 1, 300)]
+    store.close()
+    migrate(engine, "0004")
+    write(engine, "update jobs set status = 'failed', kept_bytes = 7 where id = 'going-1'")
+    left = "select status, jobs from job_counts where jobs > 0 order by status"
+    assert rows(engine, left) == [("failed", 1), ("paused", 1), ("queued", 1)]
+    migrate(engine, VERSIONS[-1])
+    assert rows(engine, kept) == [("queued", 1, 0), ("failed", 1, 7), ("paused", 1, 300)]
+
+
+@pytest.mark.slow
 def test_versions_of_others_in_the_same_database_are_not_ours(engine: Engine, database: str) -> None:
     write(
         engine,

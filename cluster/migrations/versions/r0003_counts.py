@@ -16,7 +16,7 @@ _FEWER = (
     "update job_counts set jobs = jobs - 1 where old.deleted_at is null and tenant = old.tenant and status = old.status"
 )
 _CHANGED = "(old.tenant, old.status, old.deleted_at is null) <> (new.tenant, new.status, new.deleted_at is null)"
-_KEEP = {
+KEEP = {
     "sqlite": (
         f"create trigger jobs_added after insert on jobs begin {_MORE}; end",
         f"create trigger jobs_moved after update of tenant, status, deleted_at on jobs when {_CHANGED} "
@@ -35,7 +35,7 @@ _KEEP = {
         "for each row execute function count_jobs()",
     ),
 }
-_STOP = {
+STOP = {
     "sqlite": ("drop trigger jobs_added", "drop trigger jobs_moved", "drop trigger jobs_removed"),
     "postgresql": ("drop trigger jobs_counted on jobs", "drop function count_jobs()"),
 }
@@ -54,7 +54,7 @@ def upgrade() -> None:
         "insert into job_counts (tenant, status, jobs) "
         "select tenant, status, count(*) from jobs where deleted_at is null group by tenant, status"
     )
-    for statement in _KEEP.get(op.get_bind().dialect.name, ()):
+    for statement in KEEP.get(op.get_bind().dialect.name, ()):
         op.execute(statement)
     op.drop_index("ix_jobs_deleted_at", "jobs")  # it led to nearly every row
     op.create_index("ix_jobs_deleted_at", "jobs", ["deleted_at"], sqlite_where=_DELETED, postgresql_where=_DELETED)
@@ -64,7 +64,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Count no more."""
-    for statement in _STOP.get(op.get_bind().dialect.name, ()):
+    for statement in STOP.get(op.get_bind().dialect.name, ()):
         op.execute(statement)
     op.drop_index("ix_jobs_tenant_status", "jobs")
     op.drop_index("ix_jobs_tenant_model", "jobs")

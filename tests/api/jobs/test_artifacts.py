@@ -171,6 +171,48 @@ def test_parts_and_files_that_did_not_change(client: TestClient, left: str, stor
     assert (changed.status_code, changed.content) == (200, b"changed")
 
 
+def test_parts_are_asked_for_as_programs_ask_for_them(
+    client: TestClient, left: str, store: JobStore, storage: Storage
+) -> None:
+    store.move(left, "cancelled")
+    path = f"/v1/jobs/{left}/artifacts/last/adapter_model.safetensors"
+    whole = client.get(path)
+    tag, content = whole.headers["etag"], whole.content
+    assert (whole.headers["accept-ranges"], whole.headers["cache-control"]) == ("bytes", "private, no-cache")
+    for asked, first, last in (
+        ("bytes=0-0", 0, 0),
+        ("Bytes=100-", 100, 10239),
+        ("bytes=10000-999999999999999999", 10000, 10239),
+        ("bytes=-999999999999999999", 0, 10239),
+        (" bytes=5-6 ", 5, 6),
+    ):
+        part = client.get(path, headers={"Range": asked, "If-Range": tag})
+        assert (part.status_code, part.content) == (206, content[first : last + 1]), asked
+        assert part.headers["content-range"] == f"bytes {first}-{last}/10240"
+        assert (part.headers["etag"], part.headers["content-length"]) == (tag, str(last - first + 1))
+    for still in (whole.headers["last-modified"], f"W/{tag}", '"other"', "x"):
+        for asked in ("bytes=1-2", "bytes=9-3", "bytes=99999-", "lines=1-2"):
+            answer = client.get(path, headers={"Range": asked, "If-Range": still})
+            assert (answer.status_code, answer.content) == (200, content), (still, asked)
+    two = client.get(path, headers=[("Range", "bytes=1-2"), ("Range", "bytes=4-5")])
+    assert (two.status_code, two.content) == (200, content)
+    for known in (f"W/{tag}", f'"other", {tag}', "*"):
+        same = client.get(path, headers={"If-None-Match": known, "Range": "bytes=1-2"})
+        assert (same.status_code, same.content, same.headers["etag"]) == (304, b"", tag), known
+    lines = client.get(path, headers=[("If-None-Match", '"other"'), ("If-None-Match", tag)])
+    assert lines.status_code == 304
+    for other in (f'"a{tag[1:]}', tag.strip('"'), f"x{tag}"):
+        assert client.get(path, headers={"If-None-Match": other}).status_code == 200, other
+    head = client.head(path, headers={"Range": "bytes=1-2"})
+    assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "10240")
+    assert client.head(path, headers={"If-None-Match": tag}).status_code == 304
+    (storage.job(left) / "last" / "adapter_model.safetensors").write_bytes(b"")
+    for asked, status in (("bytes=0-", 416), ("bytes=-5", 416), ("bytes=-0", 416), ("bytes=5-1", 200)):
+        empty = client.get(path, headers={"Range": asked})
+        kind = "application/problem+json" if status == 416 else "application/octet-stream"
+        assert (empty.status_code, empty.headers["content-type"]) == (status, kind), asked
+
+
 def test_a_download_goes_on_and_is_checked(
     app: FastAPI, left: str, store: JobStore, storage: Storage, tmp_path: Path
 ) -> None:

@@ -9,10 +9,12 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from chainfed_ray.activity import Activity
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
+from chainfed_ray.cluster.jobs.control import pause, resume
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from tests.apps import an_app
@@ -76,6 +78,43 @@ def test_what_is_asked_of_a_job_as_it_was_is_refused_once_it_is_another(client: 
     assert ask("pause", seen) == 404
 
 
+def test_progress_is_no_change_for_whoever_tells_a_job_something(client: TestClient, store: JobStore) -> None:
+    job = store.submit(SPEC).id
+    path = f"/v1/jobs/{job}"
+    store.move(job, "running")
+    store.publish(job, "started", "started", a_start().model_dump(mode="json"))
+    seen = client.get(path).headers["etag"]
+    store.note_activity(job, Activity(what="training a round"))
+    store.publish(job, "waiting-1", "waiting", {"message": "no memory"})
+    changed = client.get(path, headers={"If-None-Match": seen})
+    assert (changed.status_code, changed.json()["activity"]["what"]) == (200, "training a round")
+    assert changed.headers["etag"] != seen
+    assert client.get(path, headers={"If-None-Match": changed.headers["etag"]}).status_code == 304
+    wrong = (f"W/{seen}", seen.strip('"'), seen.partition("-")[0] + '"', f'"9{seen[1:]}')
+    assert [client.post(f"{path}/pause", headers={"If-Match": tag}).status_code for tag in wrong] == 4 * [412]
+    assert client.post(f"{path}/pause", headers={"If-Match": seen}).status_code == 202
+    assert client.post(f"{path}/pause", headers={"If-Match": seen}).status_code == 412, "also what would change nothing"
+
+
+def test_of_two_who_hold_one_tag_one_acts(client: TestClient, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = store.submit(SPEC).id
+    path = f"/v1/jobs/{job}"
+    tag = client.get(path).headers["etag"]
+    move, others = JobStore.move, [lambda: pause(store, job), lambda: resume(store, job)]
+
+    def after_another(self: JobStore, *given: Any, **named: Any) -> bool:
+        first, others[:] = others[:], []
+        for ask in first:
+            ask()
+        return move(self, *given, **named)
+
+    monkeypatch.setattr(JobStore, "move", after_another)
+    refused = client.post(f"{path}/cancel", headers={"If-Match": tag})
+    assert (refused.status_code, refused.json()["type"]) == (412, "urn:chainfed:problem:precondition-failed")
+    assert store.get(job).status == "queued"
+    assert client.post(f"{path}/cancel").status_code == 202
+
+
 def test_a_job_is_tried_again_and_deleted(client: TestClient, store: JobStore) -> None:
     job = store.submit(SPEC).id
     assert client.delete(f"/v1/jobs/{job}").status_code == 409
@@ -91,7 +130,7 @@ def test_a_job_is_tried_again_and_deleted(client: TestClient, store: JobStore) -
     store.move(job, "cancelled")
     assert client.get(f"/v1/jobs/{job}/events").json()["finished"]
     gone = client.delete(f"/v1/jobs/{job}")
-    assert (gone.status_code, gone.content) == (204, b"")
+    assert (gone.status_code, gone.content, gone.headers.get("content-type")) == (204, b"", None)
     assert client.get(f"/v1/jobs/{job}").status_code == 404
     assert client.delete(f"/v1/jobs/{job}").status_code == 404
 

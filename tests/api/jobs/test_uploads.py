@@ -65,7 +65,8 @@ def test_an_upload_from_its_beginning_to_its_end(client: TestClient) -> None:
     refused = client.get("/v1/uploads", params={"cursor": upload})
     assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "cursor")
 
-    assert client.delete(f"/v1/uploads/{upload}").status_code == 204
+    gone = client.delete(f"/v1/uploads/{upload}")
+    assert (gone.status_code, gone.content, gone.headers.get("content-type")) == (204, b"", None)
     gone = client.get(f"/v1/uploads/{upload}")
     assert (gone.status_code, gone.json()["type"]) == (404, "urn:chainfed:problem:upload-not-found")
     assert client.delete(f"/v1/uploads/{upload}").status_code == 404

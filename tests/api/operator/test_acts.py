@@ -38,9 +38,9 @@ def test_it_is_put_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
         ("chainfed keys create", f"{reads} of alice: read"),
         ("chainfed sites add", f"{joins} of alice: site hospital"),
         ("chainfed sites revoke", f"{joins} of alice: site hospital"),
-        ("chainfed database migrate", "0004 to 0002"),
+        ("chainfed database migrate", "0005 to 0002"),
         ("chainfed backup", str(tmp_path / "copy")),
-        ("chainfed database migrate", "0002 to 0004"),
+        ("chainfed database migrate", "0002 to 0005"),
         ("chainfed restore", f"{tmp_path / 'copy'}, of {backed_up}"),
     ]
     assert entries[0].address.endswith("at the service's machine")

@@ -20,7 +20,7 @@ from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.objects.snapshots import Snapshots
 from chainfed_ray.cluster.objects.working_copy import WorkingCopy
-from chainfed_ray.cluster.schema import VERSIONS, drop_tables, migrate, version_of
+from chainfed_ray.cluster.schema import VERSIONS, dropping, migrate, version_of
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import CorruptCommit, InvalidSetting
@@ -293,6 +293,10 @@ def test_what_was_revoked_stays_so_and_the_audit_log_forgets_nothing(
             patch.setattr(Kept, "put_back", killed)
             with pytest.raises(Killed):
                 restore(storage, tmp_path / "copy", replace=True)
+        keys = KeyStore(database)
+        assert keys.authenticate(stays.token)
+        assert not keys.authenticate(ends.token), "also before the restore is repeated"
+        keys.close()
     again, returned = restore(storage, tmp_path / "copy", replace=True)
     assert again == made
     assert (returned.revoked, returned.lost) == ([ends.key.id], [later.key.id])
@@ -309,6 +313,27 @@ def test_what_was_revoked_stays_so_and_the_audit_log_forgets_nothing(
         assert set(restore(fresh, tmp_path / "copy")[1].back) == {stays.key.id, ends.key.id}, (
             "nobody knows of them there"
         )
+
+
+def test_a_restore_that_fails_leaves_the_database_as_it_was(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage.at(tmp_path / "storage", database)
+    store = JobStore(database)
+    back_up(storage, tmp_path / "copy")
+    job = store.submit(SPEC).id
+    store.close()
+    monkeypatch.setattr(Kept, "revocations", lambda _: ["no statement;"])
+    keys = KeyStore(database)
+    made = keys.make_key("alice", ["read"])
+    keys.close()
+    with pytest.raises(InvalidSetting, match="no"):
+        restore(storage, tmp_path / "copy", replace=True)
+    store, keys = JobStore(database), KeyStore(database)
+    assert store.get(job).status == "queued"
+    assert keys.authenticate(made.token)
+    store.close()
+    keys.close()
 
 
 def killed(*_: object) -> None:
@@ -375,6 +400,8 @@ def test_a_copy_of_the_version_before_is_restored_over_this_one(empty_postgresql
         connection.execute(text("update chainfed_version set version_num = '9999'"))
     with pytest.raises(InvalidSetting, match="this one has 9999"):
         restore(storage, tmp_path / "copy", replace=True)
-    drop_tables(engine)
+    with engine.begin() as connection:
+        for statement in dropping():
+            connection.execute(text(statement))
     assert inspect(engine).get_table_names() == ["of_others"]
     engine.dispose()

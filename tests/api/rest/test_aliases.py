@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.serving.messages import ModelKey
 from chainfed_ray.spec.parse import parse_job
 
@@ -60,9 +61,34 @@ def test_an_alias_moves_and_returns(client: TestClient, asked: list[str | None])
     assert client.post("/v1/aliases/support/rollback").json()["targets"] == {OLD: 1.0}
     assert answered_by(client) == {OLD: 1}
     assert client.post("/v1/aliases/support/rollback").status_code == 404, "there was nothing before"
-    assert client.delete("/v1/aliases/support").status_code == 204
+    gone = client.delete("/v1/aliases/support")
+    assert (gone.status_code, gone.content, gone.headers.get("content-type")) == (204, b"", None)
     assert client.post("/v1/classify", json={"model": "support", "texts": ["x"]}).status_code == 404
     assert client.delete("/v1/aliases/support").status_code == 404
+
+
+@pytest.mark.parametrize("target", [OLD, "tiny"])
+def test_a_job_that_is_deleted_while_an_alias_is_made_for_its_model(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """Another job that serves under the name is found, or the alias is refused."""
+    jobs = {model["name"]: model["job"] for model in client.get("/v1/models").json()["models"]}
+    known, deleted = Aliases.set, [jobs[OLD] if target == OLD else jobs[NEW]]
+
+    def after_a_deletion(self: Aliases, *given: Any) -> None:
+        while deleted:
+            assert client.delete(f"/v1/jobs/{deleted.pop()}").status_code == 204
+        known(self, *given)
+
+    monkeypatch.setattr(Aliases, "set", after_a_deletion)
+    answer = client.put("/v1/aliases/support", json={"targets": {target: 1}})
+    if target == OLD:
+        assert (answer.status_code, answer.json()["type"]) == (404, "urn:chainfed:problem:model-not-found")
+        assert client.get("/v1/aliases").json() == {"aliases": []}
+    else:
+        assert answer.status_code == 200
+        refused = client.delete(f"/v1/jobs/{jobs[OLD]}")
+        assert (refused.status_code, refused.json()["type"]) == (409, "urn:chainfed:problem:job-conflict")
 
 
 @pytest.mark.slow

@@ -165,15 +165,21 @@ def test_a_tenant_whose_jobs_fill_its_bytes_gets_no_more_until_one_is_deleted(
     job = client.post("/v1/jobs", json=JOB, headers=alice).json()["id"]
     store.kept_bytes.note(job, 1000)
     upload = {"name": "a.csv", "bytes": 1, "sha256": 64 * "0"}
-    assert client.post("/v1/jobs", json=JOB, headers=alice).status_code == 201, "it counts when it is over"
-    store.move(job, "cancelled")
-    for path, body in (("/v1/jobs", JOB), (f"/v1/jobs/{job}/clone", {}), ("/v1/uploads", upload)):
+    paused = {"job": job, "retried": store.seen_by("alice", everything=False).submit(SPEC).id}
+    store.move(paused["job"], "paused")
+    store.move(paused["retried"], "cancelled")
+    asked = (f"/v1/jobs/{paused['job']}/resume", {}), (f"/v1/jobs/{paused['retried']}/retry", {})
+    for path, body in (("/v1/jobs", JOB), (f"/v1/jobs/{job}/clone", {}), ("/v1/uploads", upload), *asked):
         refused = client.post(path, json=body, headers=alice)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "60"), path
-        assert "1000B of jobs that are over" in refused.json()["detail"]
+        assert "1000B of jobs" in refused.json()["detail"]
         assert "as many as CHAINFED_STORED_BYTES allows" in refused.json()["detail"]
+    assert [store.get(job).status for job in paused.values()] == ["paused", "cancelled"]
     assert client.post("/v1/jobs", json=JOB, headers=bob).status_code == 201
+    store.move(job, "cancelling")
+    store.move(job, "cancelled")
     assert client.delete(f"/v1/jobs/{job}", headers=alice).status_code == 204
+    assert client.post(asked[1][0], headers=alice).status_code == 202
     assert client.post("/v1/uploads", json=upload, headers=alice).status_code == 201
     assert client.post("/v1/jobs", json=JOB, headers=alice).status_code == 201
     uploads.close()

@@ -1,7 +1,10 @@
 """Promises of what people ask of a job: it gets there, or they hear why not; one that goes on has the bits of any other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -13,9 +16,10 @@ from chainfed_ray.client.pool import ClientPool, LocalPool, MakePool
 from chainfed_ray.cluster.jobs.control import cancel, delete, pause, resume, retry
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.queries.deletions import Deletions
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import Status
-from chainfed_ray.errors import JobConflict, JobNotFound, LimitReached
+from chainfed_ray.errors import JobConflict, JobNotFound, LimitReached, PreconditionFailed
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.model.source import ModelSource
@@ -59,6 +63,8 @@ def test_a_job_that_pauses_after_any_round_ends_with_the_same_bits(
         run_queued_job(job, storage, asking(lambda: pause(store, job), turns=1))
         found = store.get(job)
         assert (found.status, found.activity) == ("paused", None)
+        with pytest.raises(LimitReached, match="iB of jobs"):
+            store.kept_bytes.check("default", 1)
         assert len(CommitLog(storage.job(job)).rounds()) == done + 1, (
             "the round that ran is committed, and no other begins"
         )
@@ -282,8 +288,16 @@ def test_a_job_with_noise_that_was_killed_between_a_commit_and_its_event_draws_n
     assert told[0] == committed.model_dump(mode="json")
 
 
-def served(store: JobStore) -> str:
-    job = store.submit(SPEC, "key").id
+@pytest.fixture
+def any_store(database: str) -> Iterator[JobStore]:
+    """A store of each kind of database."""
+    made = JobStore(database)
+    yield made
+    made.close()
+
+
+def served(store: JobStore, key: str | None = "key") -> str:
+    job = store.submit(SPEC, key).id
     store.move(job, "running")
     store.publish(job, "round-0", "round", {"index": 0})
     store.move(job, "succeeded", result={})
@@ -344,3 +358,149 @@ def test_another_tenant_s_job_is_not_there(ask: Callable[[JobStore, str], Any], 
     with pytest.raises(JobNotFound):
         ask(store.seen_by("bob", everything=False), job)
     assert store.get(job).status == "queued"
+
+
+@pytest.mark.parametrize(
+    ("ask", "states"),
+    [
+        (pause, ("running",)),
+        (resume, ("running", "pausing")),
+        (resume, ("paused",)),
+        (cancel, ("running",)),
+        (retry, ("cancelled",)),
+        (delete, ("cancelled",)),
+        (pause, ("paused",)),
+    ],
+)
+def test_a_job_that_has_changed_since_it_was_looked_at_stays_as_it_is(
+    ask: Callable[[JobStore, str], Any], states: tuple[Status, ...], any_store: JobStore
+) -> None:
+    store, job = any_store, any_store.submit(SPEC).id
+    earlier = store.revision(job)
+    for state in states:
+        assert store.move(job, state)
+    before, now = store.events(job), store.revision(job)
+    assert now > earlier
+    with pytest.raises(PreconditionFailed, match=job):
+        ask(store.at([earlier]), job)
+    assert store.events(job) == before
+    store.publish(job, "round-0", "round", {"index": 0})
+    ask(store.at([earlier, now]), job)
+
+
+def test_what_was_done_is_no_conflict_if_another_undoes_it_at_once(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, move = store.submit(SPEC).id, JobStore.move
+    later = [lambda: resume(store, job)]
+
+    def before_another(self: JobStore, *given: Any, **named: Any) -> bool:
+        done = move(self, *given, **named)
+        while done and later:
+            later.pop()()
+        return done
+
+    monkeypatch.setattr(JobStore, "move", before_another)
+    assert pause(store, job).status == "queued"
+    assert [event.kind for event in store.events(job)] == ["queued", "paused", "queued"]
+
+
+def test_a_queue_has_as_many_jobs_as_it_may_also_if_all_come_at_once(any_store: JobStore) -> None:
+    most, paused = 3, [any_store.submit(SPEC).id for _ in range(8)]
+    for job in paused:
+        any_store.move(job, "paused")
+    all_at_once = Barrier(8)
+
+    def resumed(job: str) -> bool:
+        all_at_once.wait(10)
+        with suppress(LimitReached):
+            return resume(any_store, job, most).status == "queued"
+        return False
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(resumed, paused)) == most
+    alice = any_store.seen_by("alice", everything=False)
+
+    def submitted(_: int) -> bool:
+        all_at_once.wait(10)
+        with suppress(LimitReached):
+            return alice.submit(SPEC, most_queued=most).status == "queued"
+        return False
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(submitted, range(8))) == most
+    assert any_store.counts() == {"alice": {"queued": most}, "default": {"paused": 8 - most, "queued": most}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [False, True], ids=["model", "base"])
+def test_no_alias_stands_for_nothing_whoever_comes_first(any_store: JobStore, base: bool) -> None:
+    """One deletes a job while another lets an alias stand for its model: one of them is refused."""
+    store, name = any_store, SPEC.model_name.partition(":")[0] if base else SPEC.model_name
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(20):
+            job, both = served(store), Barrier(2)
+
+            def named(job: str = job, both: Barrier = both) -> bool:
+                both.wait(10)
+                with suppress(JobNotFound):
+                    store.aliases.set("support", {name: 1.0}, [job])
+                    return True
+                return False
+
+            def deleted(job: str = job, both: Barrier = both) -> bool:
+                both.wait(10)
+                with suppress(JobConflict):
+                    delete(store, job)
+                    return True
+                return False
+
+            done = [threads.submit(what) for what in (named, deleted)]
+            is_named, is_deleted = (one.result(30) for one in done)
+            assert is_named != is_deleted
+            assert store.aliases.delete("support") == is_named
+            if not is_deleted:
+                delete(store, job)
+
+
+def test_an_alias_of_a_job_that_is_deleted_meanwhile_is_refused(store: JobStore) -> None:
+    job = served(store)
+    delete(store, job)
+    with pytest.raises(JobNotFound):
+        store.aliases.set("support", {SPEC.model_name: 1.0}, [job])
+    assert store.aliases.all() == {}
+
+
+def test_an_alias_that_is_made_while_its_job_is_deleted_keeps_the_job(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, mark = served(store), Deletions.mark
+    later = [lambda: store.aliases.set("support", {SPEC.model_name: 1.0}, [job])]
+
+    def after_another(self: Deletions, *given: Any) -> bool:
+        while later:
+            later.pop()()
+        return mark(self, *given)
+
+    monkeypatch.setattr(Deletions, "mark", after_another)
+    with pytest.raises(JobConflict, match="the alias support stands for its model"):
+        delete(store, job)
+    assert store.model(SPEC.model_name)
+
+
+def test_of_the_last_two_jobs_on_a_base_model_with_an_alias_one_stays(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, mark = served(store), served(store, None), Deletions.mark
+    store.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0}, [first])
+    later = [lambda: delete(store, second)]
+
+    def after_another(self: Deletions, *given: Any) -> bool:
+        while later:
+            later.pop()()
+        return mark(self, *given)
+
+    monkeypatch.setattr(Deletions, "mark", after_another)
+    with pytest.raises(JobConflict, match="the alias support stands for its model"):
+        delete(store, first)
+    assert [job.id for job in store.page()] == [first]

@@ -118,7 +118,7 @@ def test_a_paused_job_has_no_coordinator_and_goes_on_when_its_old_one_has_ended(
 def test_a_job_whose_coordinator_dies_as_it_pauses_is_paused_when_its_process_is_gone(
     parts: tuple[Controller, JobStore, Processes, Settings],
 ) -> None:
-    controller, store, processes, _ = parts
+    controller, store, processes, settings = parts
     job = store.submit(SPEC).id
     controller.step()
     pause(store, job)
@@ -128,8 +128,11 @@ def test_a_job_whose_coordinator_dies_as_it_pauses_is_paused_when_its_process_is
     assert store.get(job).status == "pausing"
     processes.jobs.clear()
     processes.stubborn.clear()
+    CommitLog(settings.storage.job(job)).secret()
     controller.step()
     assert (store.get(job).status, processes.jobs) == ("paused", set())
+    with pytest.raises(LimitReached, match="of jobs"):
+        store.kept_bytes.check("default", 1)
 
 
 def test_a_running_job_gets_its_coordinator_back(parts: tuple[Controller, JobStore, Processes, Settings]) -> None:
@@ -151,7 +154,7 @@ def test_a_cancelled_job_ends_and_gives_its_disk_back(parts: tuple[Controller, J
     store.move(job, "cancelling")
     controller.step()
     assert store.get(job).status == "cancelled"
-    with pytest.raises(LimitReached, match="of jobs that are over"):
+    with pytest.raises(LimitReached, match="of jobs"):
         store.kept_bytes.check("default", 1000)
     assert not settings.storage.scratch(job).exists()
     assert not (settings.storage.job(job) / "privacy.key").exists(), "of noise that is made no more"

@@ -192,6 +192,9 @@ def test_what_is_not_there_and_what_is_no_database(store: JobStore) -> None:
     for ask in (lambda: store.get("x"), lambda: store.events("x")):
         with pytest.raises(JobNotFound, match="'x'"):
             ask()
+    for look in (store.get, store.revision):  # PostgreSQL takes no such text
+        with pytest.raises(JobNotFound):
+            look("a\0b")
     with pytest.raises(InvalidSetting, match="CHAINFED_DATABASE") as caught:
         JobStore("nosuch://user:secret@host/jobs")
     assert "secret" not in str(caught.value)

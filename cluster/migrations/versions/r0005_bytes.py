@@ -1,0 +1,64 @@
+"""Version 0005: how many bytes are kept of each tenant's jobs is kept beside their counts, and not added up again.
+
+Triggers keep it, as they keep the counts.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+from chainfed_ray.cluster.migrations.versions.r0003_counts import KEEP, STOP
+
+revision, down_revision = "0005", "0004"
+
+_MORE = (
+    "insert into job_counts (tenant, status, jobs, bytes) "
+    "select new.tenant, new.status, 1, coalesce(new.kept_bytes, 0) where new.deleted_at is null "
+    "on conflict (tenant, status) do update set jobs = job_counts.jobs + 1, bytes = job_counts.bytes + excluded.bytes"
+)
+_FEWER = (
+    "update job_counts set jobs = jobs - 1, bytes = bytes - coalesce(old.kept_bytes, 0) "
+    "where old.deleted_at is null and tenant = old.tenant and status = old.status"
+)
+_CHANGED = (
+    "(old.tenant, old.status, old.deleted_at is null, coalesce(old.kept_bytes, 0)) <> "
+    "(new.tenant, new.status, new.deleted_at is null, coalesce(new.kept_bytes, 0))"
+)
+_COLUMNS = "tenant, status, deleted_at, kept_bytes"
+_KEEP = {
+    "sqlite": (
+        f"create trigger jobs_added after insert on jobs begin {_MORE}; end",
+        f"create trigger jobs_moved after update of {_COLUMNS} on jobs when {_CHANGED} begin {_FEWER}; {_MORE}; end",
+        f"create trigger jobs_removed after delete on jobs begin {_FEWER}; end",
+    ),
+    # Two that move jobs at the same time change the counts in the same order, so neither waits for the other in a circle.
+    "postgresql": (
+        "create or replace function count_jobs() returns trigger language plpgsql as $$ begin "
+        f"if tg_op = 'INSERT' then {_MORE}; "
+        f"elsif tg_op = 'DELETE' then {_FEWER}; "
+        f"elsif not {_CHANGED} then null; "
+        f"elsif (old.tenant, old.status) < (new.tenant, new.status) then {_FEWER}; {_MORE}; "
+        f"else {_MORE}; {_FEWER}; end if; return null; end $$",
+        f"create trigger jobs_counted after insert or delete or update of {_COLUMNS} on jobs "
+        "for each row execute function count_jobs()",
+    ),
+}
+
+
+def upgrade() -> None:
+    """Add up the bytes once, and keep the sums from now on."""
+    dialect = op.get_bind().dialect.name
+    op.add_column("job_counts", sa.Column("bytes", sa.BigInteger, nullable=False, server_default="0"))
+    op.execute(
+        "update job_counts set bytes = (select coalesce(sum(kept_bytes), 0) from jobs where deleted_at is null "
+        "and jobs.tenant = job_counts.tenant and jobs.status = job_counts.status)"
+    )
+    for statement in (*STOP.get(dialect, ()), *_KEEP.get(dialect, ())):
+        op.execute(statement)
+
+
+def downgrade() -> None:
+    """Keep the counts alone."""
+    dialect = op.get_bind().dialect.name
+    for statement in (*STOP.get(dialect, ()), *KEEP.get(dialect, ())):
+        op.execute(statement)
+    op.drop_column("job_counts", "bytes")

@@ -1,0 +1,50 @@
+"""The events of jobs as they are written, one after the other, and what they say of how often a job's state has changed."""
+
+from collections.abc import Collection
+from typing import Any, get_args
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from chainfed_ray.cluster.tables import AT_WORK, EventRow, JobRow, Latest, Status
+from chainfed_ray.errors import PreconditionFailed
+
+_STATES = get_args(Status)
+
+
+def append_event(session: Session, job: str, key: str | None, kind: str, at: str, data: dict[str, Any]) -> None:
+    """Add the next event. Without a ``key`` it may come again. The caller's transaction must hold the lock of the job's row."""
+    seq = (session.scalar(select(func.max(EventRow.seq)).where(EventRow.job == job)) or 0) + 1
+    session.add(EventRow(job=job, seq=seq, key=key or f"{kind} {seq}", kind=kind, at=at, data=data))
+    session.flush()
+
+
+def latest_of(session: Session, jobs: Collection[str]) -> dict[str, Latest]:
+    """What is new about each of ``jobs``."""
+    last = (
+        select(EventRow.job, func.max(EventRow.seq).label("seq")).where(EventRow.job.in_(jobs)).group_by(EventRow.job)
+    )
+    events = last.subquery()
+    query = select(JobRow.id, events.c.seq, JobRow.status, JobRow.activity).join(events, events.c.job == JobRow.id)
+    return {
+        job: Latest(seq, activity if status in AT_WORK else None)
+        for job, seq, status, activity in session.execute(query)
+    }
+
+
+def revision_of(session: Session, job: str) -> int:
+    """The number of the event with which a job came to its state. It is another one after each change of the state."""
+    changes = select(EventRow.seq).where(EventRow.job == job, EventRow.kind.in_(_STATES))
+    return session.scalar(changes.order_by(EventRow.seq.desc()).limit(1)) or 0
+
+
+def check_revision(session: Session, job: str, revisions: Collection[int] | None) -> None:
+    """Check that the revision of a job is one of ``revisions``; None is any.
+
+    Who then acts must hold the lock of the job's row by now: each change of the state takes that first.
+
+    Raises:
+        PreconditionFailed: it is none of them.
+    """
+    if revisions is not None and revision_of(session, job) not in revisions:
+        raise PreconditionFailed(job)
