@@ -267,17 +267,20 @@ def _put_database(storage: Storage, url: URL, folder: Path, kept: Kept) -> None:
         place = Path(str(url.database))
         partial = place.with_name(f"{place.name}.restored")
         partial.unlink(missing_ok=True)  # of a restore that was cut short
+        _unlink_journals(partial)  # or SQLite would replay it into this copy
         partial.touch(mode=0o600)
         shutil.copyfile(folder / _SQLITE, partial)
         try:
             with closing(sqlite3.connect(partial)) as copy:
+                copy.execute(
+                    "pragma journal_mode = delete"
+                )  # all of it is in the one file that takes the other's place
                 if copy.execute("select 1 from sqlite_master where name = 'keys'").fetchone():
                     copy.executescript("\n".join(kept.revocations()))
         except sqlite3.Error as error:
             expected = f"a copy in which keys can be revoked ({error})"
             raise InvalidSetting("FOLDER", str(folder), expected) from None
-        for journal in ("-wal", "-shm"):  # of the database that was there
-            place.with_name(place.name + journal).unlink(missing_ok=True)
+        _unlink_journals(place)  # of the database that was there
         partial.replace(place)
     else:
         with tempfile.TemporaryDirectory(dir=storage.root) as scripts:  # of our user alone: it has hashes of keys
@@ -290,6 +293,11 @@ def _put_database(storage: Storage, url: URL, folder: Path, kept: Kept) -> None:
             revoke.write_text(f"reset search_path;\ndo $revoke$ begin\n{statements}\nend $revoke$;\n")
             options = ("--no-psqlrc", "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1")
             _run("psql", *options, *(f"--file={script}" for script in (drop, put, revoke)), url=url)
+
+
+def _unlink_journals(database: Path) -> None:
+    for journal in ("-wal", "-shm", "-journal"):
+        database.with_name(database.name + journal).unlink(missing_ok=True)
 
 
 def _run(program: str, *arguments: str, url: URL, connects: bool = True) -> None:

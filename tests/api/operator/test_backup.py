@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -334,6 +336,29 @@ def test_a_restore_that_fails_leaves_the_database_as_it_was(
     assert keys.authenticate(made.token)
     store.close()
     keys.close()
+
+
+def test_what_a_killed_restore_has_left_is_no_part_of_the_next_one(storage: Storage, tmp_path: Path) -> None:
+    keys = KeyStore(storage.database)
+    keys.make_key("alice", ["read"])
+    back_up(storage, tmp_path / "first")
+    bob = keys.make_key("bob", ["read"])
+    back_up(storage, tmp_path / "second")
+    keys.close()
+    partial = storage.root / "chainfed.db.restored"
+    shutil.copyfile(tmp_path / "first" / "database.db", partial)
+    log = partial.with_name(f"{partial.name}-wal")
+    with closing(sqlite3.connect(partial)) as connection:
+        connection.execute("pragma journal_mode = wal")
+        connection.execute("update keys set revoked_at = created_at")
+        connection.commit()
+        written = log.read_bytes()
+    log.write_bytes(written)  # as it is if the process is killed here
+    restore(storage, tmp_path / "second", replace=True)
+    keys = KeyStore(storage.database)
+    assert keys.authenticate(bob.token), "the log is of another copy"
+    keys.close()
+    assert not list(storage.root.glob("*.restored*"))
 
 
 def killed(*_: object) -> None:
