@@ -224,8 +224,12 @@ class Service:
     client_slots: int = 1  # clients of a job that train at once
 
     def queue_of(self, caller: Identity) -> int | None:
-        """How many jobs the tenant of ``caller`` may have in the queue. Without keys there is no limit."""
+        """How many jobs a tenant may have in the queue, where ``caller`` asks. Without keys there is no limit."""
         return self.most_queued if caller.key else None
+
+    def bytes_of(self, caller: Identity) -> int | None:
+        """How many bytes may be kept for a tenant, where ``caller`` asks. Without keys there is no limit."""
+        return self.stored_bytes if caller.key else None
 
     def check_fits(self, document: Mapping[str, object], caller: Identity) -> None:
         """Check that the limit of clients' memory lets the job of ``document`` ever begin. Without keys there is no limit.
@@ -237,15 +241,12 @@ class Service:
             check_fits(document, self.client_slots, self.client_memory)
 
     def check_kept(self, caller: Identity) -> None:
-        """Check that there is room for what another job of the caller's tenant leaves, or more of one that goes on.
-
-        Without keys there is no limit.
+        """Check that there is room for what another job of the caller's tenant leaves.
 
         Raises:
             LimitReached: as many bytes as may be are kept for it already.
         """
-        if caller.key and self.stored_bytes is not None:
-            self.store.kept_bytes.check(caller.tenant, self.stored_bytes)
+        self.store.kept_bytes.check(caller.tenant, self.bytes_of(caller))
 
     @cached_property
     def feed(self) -> EventFeed:

@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.files.upload_sources import hold_uploads
 from chainfed_ray.cluster.queries.aliases import Aliases
-from chainfed_ray.cluster.queries.counts import KeptBytes, counts
+from chainfed_ray.cluster.queries.counts import KeptBytes, check_kept, counts
 from chainfed_ray.cluster.queries.deletions import Deletions
 from chainfed_ray.cluster.queries.events import append_event, check_revision, latest_of, revision_of
 from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
@@ -269,13 +269,15 @@ class JobStore:
         error: dict[str, Any] | None = None,
         before: tuple[Status, ...] | None = None,
         most_queued: int | None = None,
+        most_stored: int | None = None,
     ) -> bool:
         """Move a job to the state ``to``, and record the event. False if that is not possible from the job's present state.
 
-        With ``before``, only from those of the possible states. The job's tenant may have ``most_queued`` jobs in the queue.
+        With ``before``, only from those of the possible states. The job's tenant may have ``most_queued`` jobs in the queue,
+        and ``most_stored`` bytes.
 
         Raises:
-            LimitReached: the job would go into the queue, and the tenant has as many jobs there as it may.
+            LimitReached: the job would go into the queue, and the tenant has as many jobs there, or bytes, as it may.
             InvalidJob: the job would go into the queue, and an upload that it reads is there no more.
             PreconditionFailed: the job has another revision than those that it is to have (see ``at``).
         """
@@ -303,6 +305,7 @@ class JobStore:
                 tenant, document = session.execute(select(JobRow.tenant, JobRow.spec).where(JobRow.id == job)).one()
                 hold_uploads(session, tenant, document or {})
                 check_queue(session, tenant, most_queued, was_paused=before == ("paused",))
+                check_kept(session, tenant, most_stored)
             append_event(session, job, None, to, now, error or (carried() if to == "queued" else {}))
         return True
 
