@@ -74,7 +74,7 @@ class JobStore:
     def __init__(self, url: str, existing: bool = False) -> None:
         self._engine = open_tables(url, existing)
         self._view = View()
-        self._revisions: Collection[int] | None = None
+        self._revisions: Collection[str] | None = None
         self.rounds, self._newest_models = Rounds(self._engine), NewestModels(self._engine)
         self.turns = Turns(self._engine)  # of the tenants, to have a job begin
         self.kept_bytes = KeptBytes(self._engine)
@@ -88,7 +88,7 @@ class JobStore:
         part._view = View(tenant, everything)
         return part
 
-    def at(self, revisions: Collection[int] | None) -> Self:
+    def at(self, revisions: Collection[str] | None) -> Self:
         """These jobs, of which one is moved or deleted only while its revision is one of ``revisions``; None is any."""
         part = copy(self)
         part._revisions = revisions
@@ -320,7 +320,7 @@ class JobStore:
         with Session(self._engine) as session:
             return latest_of(session, jobs)
 
-    def revision(self, job: str) -> int:
+    def revision(self, job: str) -> str:
         """The revision of a job (see ``revision_of``)."""
         _check_id(job)
         with Session(self._engine) as session:

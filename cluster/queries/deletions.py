@@ -24,7 +24,7 @@ class AliasesChanged(Exception):
 class Deletions:
     """The jobs that are being deleted, in the database behind ``engine``. See ``check_revision`` for ``revisions``."""
 
-    def __init__(self, engine: Engine, revisions: Collection[int] | None = None) -> None:
+    def __init__(self, engine: Engine, revisions: Collection[str] | None = None) -> None:
         self._engine, self._revisions = engine, revisions
 
     def mark(self, job: str, seen: tuple[str, Mapping[str, Shares]] | None = None) -> bool:

@@ -8,6 +8,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from chainfed_ray.activity import Note
 from chainfed_ray.api.jobs.conditions import CHANGES, conditions
@@ -380,12 +381,33 @@ def test_a_job_that_has_changed_since_it_was_looked_at_stays_as_it_is(
     for state in states:
         assert store.move(job, state)
     before, now = store.events(job), store.revision(job)
-    assert now > earlier
+    assert now != earlier
     with pytest.raises(PreconditionFailed, match=job):
         ask(store.at([earlier]), job)
     assert store.events(job) == before
     store.publish(job, "round-0", "round", {"index": 0})
     ask(store.at([earlier, now]), job)
+
+
+def test_a_revision_is_of_one_job_and_of_one_history(
+    any_store: JobStore, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chainfed_ray.cluster.jobs.store.moment", lambda: "2026-10-01T00:00:00.000Z")
+    first, second = (any_store.submit(SPEC).id for _ in range(2))
+    assert any_store.revision(first) != any_store.revision(second), "both were queued at once"
+    monkeypatch.undo()
+    any_store.move(first, "paused")
+    lost = any_store.revision(first)
+    engine = create_engine(database)
+    with engine.begin() as connection:  # as a restore of a backup from before the pause
+        connection.execute(text("delete from events where kind = 'paused'"))
+        connection.execute(text("update jobs set status = 'queued'"))
+    engine.dispose()
+    monkeypatch.setattr("chainfed_ray.cluster.jobs.store.moment", lambda: "2027-10-01T00:00:00.000Z")
+    any_store.move(first, "cancelled")
+    assert len(any_store.events(first)) == 2
+    with pytest.raises(PreconditionFailed):
+        delete(any_store.at([lost]), first)
 
 
 def test_what_was_done_is_no_conflict_if_another_undoes_it_at_once(
