@@ -128,11 +128,11 @@ def delete(store: JobStore, job: str) -> None:
 def _job_of(store: JobStore, model: str) -> str | None:
     """The job without which nothing, or another model, would answer under the name ``model``, such as ``minilm:support@best``.
 
-    A base model alone is served as long as some job on it is there.
+    A base model alone is served as long as some job on it is there. One that is not over may fail, so it counts for nothing.
     """
     name = ModelName.of(model)
     if ":" not in name.stem:
-        on_base = store.on_base(name.stem, 2)
+        on_base = store.on_base(name.stem, 2, have_succeeded=True)
         return on_base[0].id if len(on_base) == 1 else None
     found = trained(store, name.stem, "latest") if name.version is not None else None
     record = found.record if found else store.model(name.stem)

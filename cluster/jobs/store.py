@@ -236,11 +236,11 @@ class JobStore:
         found = {record.model.partition(":")[0]: record for record in self._found(query) if record.spec}
         return [found[name] for name in sorted(found)]
 
-    def on_base(self, name: str, limit: int) -> list[JobRecord]:
-        """At most ``limit`` jobs that have started or succeeded on a base model called ``name``, the newest first."""
+    def on_base(self, name: str, limit: int, have_succeeded: bool = False) -> list[JobRecord]:
+        """At most ``limit`` jobs on a base model called ``name``, the newest first (see ``rows_on_base``)."""
         tenant, own = self._view.parts(name)
         with Session(self._engine) as session:
-            records = map(self._record, rows_on_base(session, tenant, own, limit))
+            records = map(self._record, rows_on_base(session, tenant, own, limit, have_succeeded))
             return [record for record in records if record.spec]
 
     def model_names(self, limit: int) -> list[str]:

@@ -70,11 +70,12 @@ def _check_aliases(session: Session, job: str, tenant: str, seen: Mapping[str, S
     """Check that no alias of ``tenant`` stands for nothing without a job, where none of those that were ``seen`` would.
 
     Raises:
-        AliasesChanged: there are others than those, or another deletion has left this one job on a base model with an alias.
+        AliasesChanged: there are others than those, or another deletion has left a base model with an alias only this job
+            that has succeeded.
     """
     if aliases_of(session, View(tenant, everything=False)) != seen:
         raise AliasesChanged
     model, status = session.execute(select(JobRow.model, JobRow.status).where(JobRow.id == job)).one()
     base, names = model.partition(":")[0], {name for shares in seen.values() for name in shares}
-    if status == "succeeded" and base in names and not rows_on_base(session, tenant, base, 1):
+    if status == "succeeded" and base in names and not rows_on_base(session, tenant, base, 1, have_succeeded=True):
         raise AliasesChanged

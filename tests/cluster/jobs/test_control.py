@@ -510,10 +510,23 @@ def test_an_alias_that_is_made_while_its_job_is_deleted_keeps_the_job(
     assert store.model(SPEC.model_name)
 
 
+def test_a_job_that_may_fail_takes_no_place_of_the_last_one_on_a_base_model_with_an_alias(store: JobStore) -> None:
+    first, second = served(store), store.submit(SPEC).id
+    store.move(second, "running")
+    store.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0}, [first])
+    with pytest.raises(JobConflict, match="the alias support stands for its model"):
+        delete(store, first)
+    store.move(second, "succeeded", result={})
+    delete(store, first)
+    assert [job.id for job in store.page()] == [second]
+
+
 def test_of_the_last_two_jobs_on_a_base_model_with_an_alias_one_stays(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, mark = served(store), served(store, None), Deletions.mark
+    training = store.submit(SPEC).id  # which may fail
+    store.move(training, "running")
     store.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0}, [first])
     later = [lambda: delete(store, second)]
 
@@ -525,4 +538,4 @@ def test_of_the_last_two_jobs_on_a_base_model_with_an_alias_one_stays(
     monkeypatch.setattr(Deletions, "mark", after_another)
     with pytest.raises(JobConflict, match="the alias support stands for its model"):
         delete(store, first)
-    assert [job.id for job in store.page()] == [first]
+    assert [job.id for job in store.page()] == [training, first]
