@@ -1,6 +1,7 @@
 """Promises of backups: what is restored answers as at the time of the backup, wherever it is restored to."""
 
 import json
+import os
 import shutil
 import sqlite3
 from contextlib import closing
@@ -30,6 +31,7 @@ from chainfed_ray.model.saved_stack import load_stack, save_stack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.site.codec import survey_order
 from chainfed_ray.site.envelope import Done, JobDocument
+from tests import postgres
 from tests.builders import SPEC, a_round, a_start
 from tests.models import a_saved_stack
 from tests.pools import Killed
@@ -359,6 +361,35 @@ def test_what_a_killed_restore_has_left_is_no_part_of_the_next_one(storage: Stor
     assert keys.authenticate(bob.token), "the log is of another copy"
     keys.close()
     assert not list(storage.root.glob("*.restored*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_cut_short", [False, True])
+def test_no_file_has_what_a_restore_puts_into_postgresql(
+    empty_postgresql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cut_short: bool
+) -> None:
+    storage = Storage.at(tmp_path / "storage", empty_postgresql)
+    store = JobStore(empty_postgresql)
+    back_up(storage, tmp_path / "copy")
+    job = store.submit(SPEC).id
+    store.close()
+    programs, seen = tmp_path / "programs", tmp_path / "seen"
+    programs.mkdir()
+    installed = postgres.installed()
+    for name, line in (("psql", f'find {storage.root} -name "*.sql" >> {seen}; exec'), ("pg_restore", "")):
+        ends = "; case $* in *--list*) ;; *) exit 1;; esac" if is_cut_short and name == "pg_restore" else ""
+        (programs / name).write_text(f'#!/bin/sh\n{line} {installed}/{name} "$@"{ends}\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    if is_cut_short:
+        with pytest.raises(InvalidSetting, match="pg_restore"):
+            restore(storage, tmp_path / "copy", replace=True)
+    else:
+        restore(storage, tmp_path / "copy", replace=True)
+    assert seen.read_text() == ""
+    store = JobStore(empty_postgresql)
+    assert [found.id for found in store.page()] == ([job] if is_cut_short else []), "nobody has committed"
+    store.close()
 
 
 def killed(*_: object) -> None:
