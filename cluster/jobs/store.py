@@ -26,9 +26,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.cluster.files.kept_bytes import KeptBytes, check_kept
 from chainfed_ray.cluster.files.upload_sources import hold_uploads
 from chainfed_ray.cluster.queries.aliases import Aliases
-from chainfed_ray.cluster.queries.counts import KeptBytes, check_kept, counts
+from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
 from chainfed_ray.cluster.queries.events import append_event, check_revision, latest_of, revision_of
 from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
