@@ -1,13 +1,12 @@
 """What the routes need from the rest of the program, as protocols: routes do not know where or how it runs.
 
-Work that a caller asked for ends when the caller goes away (``while_connected``), and so many may wait (``Waiting``).
+Work that a caller asked for ends when the caller goes away (``while_connected``).
 """
 
 import asyncio
 import logging
-from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextvars import Context
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from fastapi import Depends, HTTPException, Request
 
 from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
+from chainfed_ray.cluster.access.waiting import Waiting
 from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -26,7 +26,6 @@ from chainfed_ray.cluster.queries.client_memory import check_fits
 from chainfed_ray.cluster.queries.totals import TotalsOfJobs
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.sites.order_feed import OrderFeed
-from chainfed_ray.errors import ServiceBusy
 from chainfed_ray.records.fleet import FleetClient, clients_in
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
@@ -35,9 +34,6 @@ from chainfed_ray.spec.job import JobSpec
 Result = TypeVar("Result")
 _PATIENCE_SECONDS = 5.0  # for a part of the service
 _KEPT_SECONDS = 2.0
-MOST_WAITING = 200
-MOST_OF_TENANT = 50
-_WAITING_RETRY_SECONDS = 10  # until one of those that wait may be answered
 _log = logging.getLogger(__name__)
 
 
@@ -169,30 +165,6 @@ class Parts:
             _log.warning("%s does not work", name, exc_info=error)
             return f"{type(error).__name__}; the service's log says more"
         return "ok"
-
-
-class Waiting:
-    """The requests that wait for ``what``. All calls come from one event loop."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._counts: Counter[str] = Counter()
-
-    @contextmanager
-    def one_more(self, tenant: str) -> Iterator[None]:
-        """Count a request of ``tenant`` for a block.
-
-        Raises:
-            ServiceBusy: too many wait already, of all tenants or of this one.
-        """
-        if self._counts.total() >= MOST_WAITING or self._counts[tenant] >= MOST_OF_TENANT:
-            raise ServiceBusy(f"requests that wait for {self._what}", _WAITING_RETRY_SECONDS)
-        self._counts[tenant] += 1
-        try:
-            yield
-        finally:
-            self._counts[tenant] -= 1
-            self._counts += Counter()  # forgets tenants that wait no more
 
 
 def _never() -> bool:
