@@ -11,6 +11,7 @@ from sqlalchemy import Engine, event, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 from chainfed_ray.cluster.database import open_database
+from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.schema import VERSIONS, migrate, open_tables, version_of
 from chainfed_ray.cluster.tables import TABLES
@@ -86,7 +87,7 @@ def test_forward_and_back_with_the_rows_of_the_version_before(engine: Engine, da
     assert rows(engine, "select version from schema") == [(2,)], "by which older code knows that it is older"
     deleted = store.submit(SPEC).id
     store.move(deleted, "cancelled")
-    store.deletions.mark(deleted)
+    delete(store, deleted)
     store.close()
 
     write(engine, "update jobs set status = 'paused' where id = :job", job=later)
@@ -116,7 +117,7 @@ def test_what_is_kept_of_jobs_is_added_up_once_and_kept_from_then_on(engine: Eng
     store.move("next-1", "paused")
     store.submit(SPEC)
     assert rows(engine, kept) == [("queued", 1, 0), ("succeeded", 1, 50), ("running", 1, 200), ("paused", 1, 300)]
-    store.deletions.mark("done-1")
+    delete(store, "done-1")
     store.deletions.purge("done-1")
     assert rows(engine, kept) == [("queued", 1, 0), ("running", 1, 200), ("paused", 1, 300)]
     store.close()

@@ -20,6 +20,7 @@ from chainfed_ray.cluster.access.audit import Act, AuditLog
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.files.uploads import UploadStore
+from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.objects.snapshots import Snapshots
 from chainfed_ray.cluster.objects.working_copy import WorkingCopy
@@ -140,7 +141,7 @@ def test_what_is_restored_answers_as_at_the_time_of_the_backup(
     more_bytes = uploads.files("default", {"data": {"train": f"upload:{more}"}})[more].path
     store.move(jobs[1], "running")
     storage.remove(jobs[0])
-    store.deletions.mark(jobs[0])
+    delete(store, jobs[0])
     store.deletions.purge(jobs[0])
     store.close()
     uploads.close()

@@ -11,6 +11,7 @@ from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
 from chainfed_ray.cluster.files.uploads import UploadStore
+from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import Status
@@ -228,6 +229,6 @@ def test_bytes_that_are_full_are_those_of_the_jobs_tenant_and_matter_where_it_go
     assert asked("retry", own) == 202
     assert asked("retry", own, "running", "succeeded") == asked("resume", own, "cancelled") == 409
     store.move(full, "cancelled")
-    store.deletions.mark(full)
+    delete(store, full)
     store.kept_bytes.note(store.seen_by("ops", everything=False).submit(SPEC).id, 1000)
     assert asked("resume", operator, "paused") == asked("retry", operator, "cancelled") == 202, "alice has room"

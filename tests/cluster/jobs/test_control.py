@@ -521,6 +521,19 @@ def test_a_job_that_may_fail_takes_no_place_of_the_last_one_on_a_base_model_with
     assert [job.id for job in store.page()] == [second]
 
 
+def test_a_job_whose_document_cannot_be_read_is_deleted_whatever_its_base_model(
+    any_store: JobStore, database: str
+) -> None:
+    store, job = any_store, served(any_store)
+    store.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0}, [job])
+    engine = create_engine(database)
+    with engine.begin() as connection:
+        connection.execute(text("update jobs set spec = '[1]'"))
+    engine.dispose()
+    delete(store, job)
+    assert store.page() == []
+
+
 def test_of_the_last_two_jobs_on_a_base_model_with_an_alias_one_stays(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
