@@ -145,9 +145,8 @@ class JobRow(_Table):
     version: Mapped[int] = mapped_column(default=ROW_VERSION, server_default="1")
     deleted_at: Mapped[str | None] = mapped_column(default=None)
     priority: Mapped[int] = mapped_column(default=0, server_default="0")
-    kept_bytes: Mapped[int | None] = mapped_column(
-        BigInteger, default=None
-    )  # on disks, when it was paused or over last
+    # On disks, when it was paused or over last.
+    kept_bytes: Mapped[int | None] = mapped_column(BigInteger, default=None)
 
     def record(self) -> JobRecord:
         """The job as it is now."""

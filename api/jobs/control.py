@@ -29,8 +29,7 @@ def pause_job(job: str, jobs: JobsAsSeen) -> JobResource:
 def resume_job(job: str, jobs: JobsAsSeen, service: WithService, caller: Caller) -> JobResource:
     """Let a paused job go on from its last commit, with the same result as if it had not paused. It waits in the queue."""
     service.check_fits(jobs.get(job).spec, caller)
-    service.check_kept(caller)
-    return full(jobs, control.resume(jobs, job, service.queue_of(caller)))
+    return full(jobs, control.resume(jobs, job, service.queue_of(caller), service.bytes_of(caller)))
 
 
 @router.post("/cancel", status_code=202)
@@ -43,8 +42,8 @@ def cancel_job(job: str, jobs: JobsAsSeen) -> JobResource:
 def retry_job(job: str, jobs: JobsAsSeen, service: WithService, caller: Caller) -> JobResource:
     """Try a job again that failed or was cancelled. It goes on from its last finished round, and waits in the queue."""
     service.check_fits(jobs.get(job).spec, caller)
-    service.check_kept(caller)
-    return full(jobs, control.retry(jobs, job, service.queue_of(caller), service.folder_of))
+    most_queued, most_stored = service.queue_of(caller), service.bytes_of(caller)
+    return full(jobs, control.retry(jobs, job, most_queued, most_stored, service.folder_of))
 
 
 @router.post("/clone", status_code=201, openapi_extra=BODY)

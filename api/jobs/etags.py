@@ -1,7 +1,7 @@
 """Entity tags: whether an answer is known already, and whether a job is as it was when somebody looked at it (RFC 9110, 13).
 
-The tag of a job is ``"<revision>-<digest>"``: the number of the event with which it came to its state, and a digest of the
-whole answer. The answer of a job at work changes every second, and with it the tag, so ``If-None-Match`` notices whatever the
+The tag of a job is ``"<revision>-<digest>"``: two digests, of the event with which it came to its state, and of the whole
+answer. The answer of a job at work changes every second, and with it the tag, so ``If-None-Match`` notices whatever the
 answer shows. ``If-Match`` is for what is asked of a job, and that depends on its state alone: there only the revision counts.
 """
 
@@ -14,7 +14,7 @@ from pydantic import Field
 from chainfed_ray.api.rest.service import Jobs
 from chainfed_ray.cluster.jobs.store import JobStore
 
-_OF_A_JOB = re.compile(r'"([0-9]{1,18})-[0-9a-f]{32}"')
+_OF_A_JOB = re.compile(r'"([0-9a-f]{16})-[0-9a-f]{32}"')
 
 IfNoneMatch = Annotated[
     list[str] | None,
@@ -55,7 +55,7 @@ def _as_seen(job: str, jobs: Jobs, if_match: IfMatch = None) -> JobStore:
     if if_match is None or named == ["*"]:
         return jobs
     tags = filter(None, map(_OF_A_JOB.fullmatch, named))  # a weak one is none: RFC 9110, 13.1.1
-    seen = jobs.at({int(tag[1]) for tag in tags})
+    seen = jobs.at({tag[1] for tag in tags})
     seen.get(job)
     seen.check_revision(job)  # whoever acts checks it again; this one is for what changes nothing, and to refuse early
     return seen

@@ -11,11 +11,8 @@ file that is missing. A copy of a folder can be restored to an object store, and
 """
 
 import json
-import os
 import shutil
 import sqlite3
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -26,6 +23,7 @@ from sqlalchemy import Engine, delete, make_url, select
 from sqlalchemy.engine import URL
 
 from chainfed_ray.api.operator.kept import Kept, Returned, contents
+from chainfed_ray.api.operator.postgresql import put_back, run_program
 from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.snapshots import Digests, Snapshots, files_below
@@ -128,7 +126,7 @@ def restore(storage: Storage, folder: Path, replace: bool = False) -> tuple[Back
         _remove_uploads(storage)
     for path in (folder / "uploads").glob("*/*"):
         _put_upload(storage, path.parent.name, path)
-    _put_database(storage, url, folder, kept)
+    _put_database(url, folder, kept)
     open_tables(storage.database, existing=True).dispose()  # a copy of an earlier version is brought forward
     with _opened(storage) as engine, engine.begin() as connection:
         connection.execute(delete(SiteOrderRow))  # their tensors are not in a copy; a job gives its orders again
@@ -241,7 +239,7 @@ def _copy_database(storage: Storage, folder: Path) -> None:
                 raise InvalidSetting("CHAINFED_DATABASE", url.render_as_string(), expected) from None
     else:
         (folder / _DUMP).touch(mode=0o600)
-        _run("pg_dump", "--format=custom", "--no-owner", f"--file={folder / _DUMP}", url=url)
+        run_program("pg_dump", "--format=custom", "--no-owner", f"--file={folder / _DUMP}", url=url)
 
 
 def _check_postgresql(storage: Storage, url: URL, folder: Path) -> None:
@@ -250,15 +248,15 @@ def _check_postgresql(storage: Storage, url: URL, folder: Path) -> None:
     Raises:
         InvalidSetting: it cannot.
     """
-    _run("pg_restore", "--list", str(folder / _DUMP), url=url)
-    _run("psql", "--no-psqlrc", "--command=select 1", url=url)
+    run_program("pg_restore", "--list", str(folder / _DUMP), url=url)
+    run_program("psql", "--no-psqlrc", "--command=select 1", url=url)
     found = _version(storage)
     if found is not None and found not in VERSIONS:  # it may have tables that nobody here knows to delete
         expected = f"an empty database, or one of version {VERSIONS[-1]} or before; this one has {found}"
         raise InvalidSetting("CHAINFED_DATABASE", url.render_as_string(), expected)
 
 
-def _put_database(storage: Storage, url: URL, folder: Path, kept: Kept) -> None:
+def _put_database(url: URL, folder: Path, kept: Kept) -> None:
     """Put the database back, in one step with the revocations that were ``kept``: or a cut would leave those keys valid.
 
     A step that fails, or is cut, leaves the database that was there.
@@ -267,51 +265,31 @@ def _put_database(storage: Storage, url: URL, folder: Path, kept: Kept) -> None:
         place = Path(str(url.database))
         partial = place.with_name(f"{place.name}.restored")
         partial.unlink(missing_ok=True)  # of a restore that was cut short
+        _unlink_journals(partial)  # or SQLite would replay it into this copy
         partial.touch(mode=0o600)
         shutil.copyfile(folder / _SQLITE, partial)
         try:
             with closing(sqlite3.connect(partial)) as copy:
+                # Without a log beside it, all of it is in the one file that takes the other's place.
+                copy.execute("pragma journal_mode = delete")
                 if copy.execute("select 1 from sqlite_master where name = 'keys'").fetchone():
                     copy.executescript("\n".join(kept.revocations()))
         except sqlite3.Error as error:
             expected = f"a copy in which keys can be revoked ({error})"
             raise InvalidSetting("FOLDER", str(folder), expected) from None
-        for journal in ("-wal", "-shm"):  # of the database that was there
-            place.with_name(place.name + journal).unlink(missing_ok=True)
+        _unlink_journals(place)  # of the database that was there
         partial.replace(place)
     else:
-        with tempfile.TemporaryDirectory(dir=storage.root) as scripts:  # of our user alone: it has hashes of keys
-            drop, put, revoke = (Path(scripts, name) for name in ("drop.sql", "put.sql", "revoke.sql"))
-            # pg_restore leaves tables that a later version has and the copy has not.
-            drop.write_text(";\n".join([f"select pg_advisory_xact_lock({LOCK})", *dropping(), ""]))
-            options = ("--clean", "--if-exists", "--no-owner", f"--file={put}")
-            _run("pg_restore", *options, str(folder / _DUMP), url=url, connects=False)
-            statements = "\n".join(["if to_regclass('keys') is not null then", *kept.revocations(), "end if;"])
-            revoke.write_text(f"reset search_path;\ndo $revoke$ begin\n{statements}\nend $revoke$;\n")
-            options = ("--no-psqlrc", "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1")
-            _run("psql", *options, *(f"--file={script}" for script in (drop, put, revoke)), url=url)
+        # pg_restore leaves tables that a later version has and the copy has not.
+        first = ";\n".join([f"select pg_advisory_xact_lock({LOCK})", *dropping(), ""])
+        statements = "\n".join(["if to_regclass('keys') is not null then", *kept.revocations(), "end if;"])
+        last = f"reset search_path;\ndo $revoke$ begin\n{statements}\nend $revoke$;\n"
+        put_back(folder / _DUMP, url, first, last)
 
 
-def _run(program: str, *arguments: str, url: URL, connects: bool = True) -> None:
-    """Run a program of PostgreSQL for the database at ``url``, which is among its arguments if it ``connects``.
-
-    The password is not: others see arguments.
-    """
-    found = shutil.which(program) or max(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{program}")), default=None)
-    shown = url.render_as_string()
-    if found is None:
-        raise InvalidSetting("CHAINFED_DATABASE", shown, f"one of a machine with {program} (Debian: postgresql-client)")
-    address = url.set(drivername="postgresql", password=None).render_as_string()
-    secret = {"PGPASSWORD": str(url.password)} if url.password else {}
-    done = subprocess.run(
-        [found, *([f"--dbname={address}"] if connects else []), *arguments],
-        env={**os.environ, **secret},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise InvalidSetting("CHAINFED_DATABASE", shown, f"one that {program} accepts ({done.stderr.strip()[:500]})")
+def _unlink_journals(database: Path) -> None:
+    for journal in ("-wal", "-shm", "-journal"):
+        database.with_name(database.name + journal).unlink(missing_ok=True)
 
 
 def _checked(folder: Path) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """What the routes need from the rest of the program, as protocols: routes do not know where or how it runs.
 
-Work that a caller asked for ends when the caller goes away (``while_connected``), and so many may wait (``Waiting``).
+Work that a caller asked for ends when the caller goes away (``while_connected``).
 """
 
 import asyncio
 import logging
-from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextvars import Context
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from fastapi import Depends, HTTPException, Request
 
 from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS, Identity
+from chainfed_ray.cluster.access.waiting import Waiting
 from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.feed import EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -26,7 +26,6 @@ from chainfed_ray.cluster.queries.client_memory import check_fits
 from chainfed_ray.cluster.queries.totals import TotalsOfJobs
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.sites.order_feed import OrderFeed
-from chainfed_ray.errors import ServiceBusy
 from chainfed_ray.records.fleet import FleetClient, clients_in
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.serving.messages import Embedding, ModelKey, Piece, Prompt, Sampling
@@ -35,9 +34,6 @@ from chainfed_ray.spec.job import JobSpec
 Result = TypeVar("Result")
 _PATIENCE_SECONDS = 5.0  # for a part of the service
 _KEPT_SECONDS = 2.0
-MOST_WAITING = 200
-MOST_OF_TENANT = 50
-_WAITING_RETRY_SECONDS = 10  # until one of those that wait may be answered
 _log = logging.getLogger(__name__)
 
 
@@ -171,30 +167,6 @@ class Parts:
         return "ok"
 
 
-class Waiting:
-    """The requests that wait for ``what``. All calls come from one event loop."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._counts: Counter[str] = Counter()
-
-    @contextmanager
-    def one_more(self, tenant: str) -> Iterator[None]:
-        """Count a request of ``tenant`` for a block.
-
-        Raises:
-            ServiceBusy: too many wait already, of all tenants or of this one.
-        """
-        if self._counts.total() >= MOST_WAITING or self._counts[tenant] >= MOST_OF_TENANT:
-            raise ServiceBusy(f"requests that wait for {self._what}", _WAITING_RETRY_SECONDS)
-        self._counts[tenant] += 1
-        try:
-            yield
-        finally:
-            self._counts[tenant] -= 1
-            self._counts += Counter()  # forgets tenants that wait no more
-
-
 def _never() -> bool:
     return False
 
@@ -224,8 +196,12 @@ class Service:
     client_slots: int = 1  # clients of a job that train at once
 
     def queue_of(self, caller: Identity) -> int | None:
-        """How many jobs the tenant of ``caller`` may have in the queue. Without keys there is no limit."""
+        """How many jobs a tenant may have in the queue, where ``caller`` asks. Without keys there is no limit."""
         return self.most_queued if caller.key else None
+
+    def bytes_of(self, caller: Identity) -> int | None:
+        """How many bytes may be kept for a tenant, where ``caller`` asks. Without keys there is no limit."""
+        return self.stored_bytes if caller.key else None
 
     def check_fits(self, document: Mapping[str, object], caller: Identity) -> None:
         """Check that the limit of clients' memory lets the job of ``document`` ever begin. Without keys there is no limit.
@@ -237,15 +213,12 @@ class Service:
             check_fits(document, self.client_slots, self.client_memory)
 
     def check_kept(self, caller: Identity) -> None:
-        """Check that there is room for what another job of the caller's tenant leaves, or more of one that goes on.
-
-        Without keys there is no limit.
+        """Check that there is room for what another job of the caller's tenant leaves.
 
         Raises:
             LimitReached: as many bytes as may be are kept for it already.
         """
-        if caller.key and self.stored_bytes is not None:
-            self.store.kept_bytes.check(caller.tenant, self.stored_bytes)
+        self.store.kept_bytes.check(caller.tenant, self.bytes_of(caller))
 
     @cached_property
     def feed(self) -> EventFeed:

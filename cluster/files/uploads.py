@@ -17,10 +17,10 @@ from typing import Any, Self
 from sqlalchemy import ColumnElement, String, cast, delete, func, or_, select, true, update
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.files.kept_bytes import check_kept
 from chainfed_ray.cluster.files.tenant_lock import TenantLocks
 from chainfed_ray.cluster.files.upload_bytes import Arriving, upload_files
 from chainfed_ray.cluster.files.upload_sources import uploads_in
-from chainfed_ray.cluster.queries.counts import check_kept
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.storage import UPLOADS, Storage

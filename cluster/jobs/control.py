@@ -33,21 +33,21 @@ def pause(store: JobStore, job: str) -> JobRecord:
     return _reached(store, job, moved, ("pausing", "paused"), "be paused")
 
 
-def resume(store: JobStore, job: str, most_queued: int | None = None) -> JobRecord:
+def resume(store: JobStore, job: str, most_queued: int | None = None, most_stored: int | None = None) -> JobRecord:
     """Let a paused job go on from its last commit. It waits in the queue for a free place, where its place is by its age.
 
-    A job that is about to pause goes on at once: one whose start is not on record is still to be validated. The tenant may
-    have ``most_queued`` jobs in the queue.
+    A job that is about to pause goes on at once: one whose start is not on record is still to be validated. The job's
+    tenant may have ``most_queued`` jobs in the queue, and ``most_stored`` bytes.
 
     Raises:
         JobNotFound: there is no such job.
         JobConflict: the job is over, or is to end.
-        LimitReached: the tenant has as many jobs in the queue as it may.
+        LimitReached: the tenant has as many jobs in the queue, or bytes, as it may.
     """
     store.get(job)
     goes_on: Status = "running" if store.newest(job, "started") else "validating"
     moved = store.move(job, goes_on, before=("pausing",))
-    moved = moved or store.move(job, "queued", before=("paused",), most_queued=most_queued)
+    moved = moved or store.move(job, "queued", before=("paused",), most_queued=most_queued, most_stored=most_stored)
     return _reached(store, job, moved, ("queued", "validating", "running"), "be resumed")
 
 
@@ -64,17 +64,21 @@ def cancel(store: JobStore, job: str) -> JobRecord:
 
 
 def retry(
-    store: JobStore, job: str, most_queued: int | None = None, folder_of: Callable[[str], Path] | None = None
+    store: JobStore,
+    job: str,
+    most_queued: int | None = None,
+    most_stored: int | None = None,
+    folder_of: Callable[[str], Path] | None = None,
 ) -> JobRecord:
     """Try a job again that failed or was cancelled. It goes on from its last commit, in the queue by its age.
 
     ``folder_of`` gives the folder of a job's commits: one with noise may have a round there of which no event tells, if its
-    process was killed between the two. The tenant may have ``most_queued`` jobs in the queue.
+    process was killed between the two. The job's tenant may have ``most_queued`` jobs in the queue, and ``most_stored`` bytes.
 
     Raises:
         JobNotFound: there is no such job.
         JobConflict: the job has not failed and was not cancelled; or it has noise, and cannot go on without its secret.
-        LimitReached: the tenant has as many jobs in the queue as it may.
+        LimitReached: the tenant has as many jobs in the queue, or bytes, as it may.
         InvalidJob: an upload that the job reads was deleted when it had ended.
         OSError: the commits of a job with noise cannot be looked at.
     """
@@ -85,7 +89,7 @@ def retry(
             "be tried again: the secret of its noise was erased when it ended, and other noise would weaken its privacy"
         )
         raise JobConflict(job, record.status, asked)
-    moved = store.move(job, "queued", before=ended, most_queued=most_queued)
+    moved = store.move(job, "queued", before=ended, most_queued=most_queued, most_stored=most_stored)
     return _reached(store, job, moved, ("queued", "validating", "running"), "be tried again")
 
 
@@ -124,11 +128,11 @@ def delete(store: JobStore, job: str) -> None:
 def _job_of(store: JobStore, model: str) -> str | None:
     """The job without which nothing, or another model, would answer under the name ``model``, such as ``minilm:support@best``.
 
-    A base model alone is served as long as some job on it is there.
+    A base model alone is served as long as some job on it is there. One that is not over may fail, so it counts for nothing.
     """
     name = ModelName.of(model)
     if ":" not in name.stem:
-        on_base = store.on_base(name.stem, 2)
+        on_base = store.on_base(name.stem, 2, have_succeeded=True)
         return on_base[0].id if len(on_base) == 1 else None
     found = trained(store, name.stem, "latest") if name.version is not None else None
     record = found.record if found else store.model(name.stem)

@@ -26,9 +26,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.activity import Activity
+from chainfed_ray.cluster.files.kept_bytes import KeptBytes, check_kept
 from chainfed_ray.cluster.files.upload_sources import hold_uploads
 from chainfed_ray.cluster.queries.aliases import Aliases
-from chainfed_ray.cluster.queries.counts import KeptBytes, counts
+from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
 from chainfed_ray.cluster.queries.events import append_event, check_revision, latest_of, revision_of
 from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
@@ -74,7 +75,7 @@ class JobStore:
     def __init__(self, url: str, existing: bool = False) -> None:
         self._engine = open_tables(url, existing)
         self._view = View()
-        self._revisions: Collection[int] | None = None
+        self._revisions: Collection[str] | None = None
         self.rounds, self._newest_models = Rounds(self._engine), NewestModels(self._engine)
         self.turns = Turns(self._engine)  # of the tenants, to have a job begin
         self.kept_bytes = KeptBytes(self._engine)
@@ -88,7 +89,7 @@ class JobStore:
         part._view = View(tenant, everything)
         return part
 
-    def at(self, revisions: Collection[int] | None) -> Self:
+    def at(self, revisions: Collection[str] | None) -> Self:
         """These jobs, of which one is moved or deleted only while its revision is one of ``revisions``; None is any."""
         part = copy(self)
         part._revisions = revisions
@@ -236,11 +237,11 @@ class JobStore:
         found = {record.model.partition(":")[0]: record for record in self._found(query) if record.spec}
         return [found[name] for name in sorted(found)]
 
-    def on_base(self, name: str, limit: int) -> list[JobRecord]:
-        """At most ``limit`` jobs that have started or succeeded on a base model called ``name``, the newest first."""
+    def on_base(self, name: str, limit: int, have_succeeded: bool = False) -> list[JobRecord]:
+        """At most ``limit`` jobs on a base model called ``name``, the newest first (see ``rows_on_base``)."""
         tenant, own = self._view.parts(name)
         with Session(self._engine) as session:
-            records = map(self._record, rows_on_base(session, tenant, own, limit))
+            records = map(self._record, rows_on_base(session, tenant, own, limit, have_succeeded))
             return [record for record in records if record.spec]
 
     def model_names(self, limit: int) -> list[str]:
@@ -269,13 +270,15 @@ class JobStore:
         error: dict[str, Any] | None = None,
         before: tuple[Status, ...] | None = None,
         most_queued: int | None = None,
+        most_stored: int | None = None,
     ) -> bool:
         """Move a job to the state ``to``, and record the event. False if that is not possible from the job's present state.
 
-        With ``before``, only from those of the possible states. The job's tenant may have ``most_queued`` jobs in the queue.
+        With ``before``, only from those of the possible states. The job's tenant may have ``most_queued`` jobs in the queue,
+        and ``most_stored`` bytes.
 
         Raises:
-            LimitReached: the job would go into the queue, and the tenant has as many jobs there as it may.
+            LimitReached: the job would go into the queue, and the tenant has as many jobs there, or bytes, as it may.
             InvalidJob: the job would go into the queue, and an upload that it reads is there no more.
             PreconditionFailed: the job has another revision than those that it is to have (see ``at``).
         """
@@ -303,6 +306,7 @@ class JobStore:
                 tenant, document = session.execute(select(JobRow.tenant, JobRow.spec).where(JobRow.id == job)).one()
                 hold_uploads(session, tenant, document or {})
                 check_queue(session, tenant, most_queued, was_paused=before == ("paused",))
+                check_kept(session, tenant, most_stored)
             append_event(session, job, None, to, now, error or (carried() if to == "queued" else {}))
         return True
 
@@ -317,7 +321,7 @@ class JobStore:
         with Session(self._engine) as session:
             return latest_of(session, jobs)
 
-    def revision(self, job: str) -> int:
+    def revision(self, job: str) -> str:
         """The revision of a job (see ``revision_of``)."""
         _check_id(job)
         with Session(self._engine) as session:

@@ -24,13 +24,13 @@ class AliasesChanged(Exception):
 class Deletions:
     """The jobs that are being deleted, in the database behind ``engine``. See ``check_revision`` for ``revisions``."""
 
-    def __init__(self, engine: Engine, revisions: Collection[int] | None = None) -> None:
+    def __init__(self, engine: Engine, revisions: Collection[str] | None = None) -> None:
         self._engine, self._revisions = engine, revisions
 
-    def mark(self, job: str, seen: tuple[str, Mapping[str, Shares]] | None = None) -> bool:
+    def mark(self, job: str, seen: tuple[str, Mapping[str, Shares]]) -> bool:
         """Hide a job that is over, and delete its events. False if there is none, or it is not over.
 
-        ``seen`` are a tenant and its aliases, none of which stands for the job's model.
+        ``seen`` are the job's tenant and its aliases, none of which stands for the job's model.
 
         Raises:
             AliasesChanged: one may stand for it by now.
@@ -38,17 +38,15 @@ class Deletions:
         """
         is_over = (JobRow.id == job, JobRow.status.in_(FINISHED), JobRow.deleted_at.is_(None))
         with Session(self._engine) as session, session.begin():
-            if seen is not None:
-                # Aliases are locked before jobs, as by who sets one: so neither waits for the other in a circle.
-                aliases_of(session, View(seen[0], everything=False), locked=True)
+            # Aliases are locked before jobs, as by who sets one: so neither waits for the other in a circle.
+            aliases_of(session, View(seen[0], everything=False), locked=True)
             # The key of its submission is free: the same request makes a new job.
             marked = session.execute(update(JobRow).where(*is_over).values(deleted_at=moment(), request_key=None))
             if cast("CursorResult[Any]", marked).rowcount == 0:
                 return False
             check_revision(session, job, self._revisions)
             # Who makes a new alias locks the jobs for which it stands: it is here by now, or finds this job deleted.
-            if seen is not None:
-                _check_aliases(session, job, *seen)
+            _check_aliases(session, job, *seen)
             session.execute(delete(EventRow).where(EventRow.job == job))
         return True
 
@@ -70,11 +68,13 @@ def _check_aliases(session: Session, job: str, tenant: str, seen: Mapping[str, S
     """Check that no alias of ``tenant`` stands for nothing without a job, where none of those that were ``seen`` would.
 
     Raises:
-        AliasesChanged: there are others than those, or another deletion has left this one job on a base model with an alias.
+        AliasesChanged: there are others than those, or another deletion has left a base model with an alias only this job
+            that has succeeded.
     """
     if aliases_of(session, View(tenant, everything=False)) != seen:
         raise AliasesChanged
-    model, status = session.execute(select(JobRow.model, JobRow.status).where(JobRow.id == job)).one()
-    base, names = model.partition(":")[0], {name for shares in seen.values() for name in shares}
-    if status == "succeeded" and base in names and not rows_on_base(session, tenant, base, 1):
+    record = session.scalars(select(JobRow).where(JobRow.id == job)).one().record()
+    base, names = record.model.partition(":")[0], {name for shares in seen.values() for name in shares}
+    is_served = record.status == "succeeded" and record.spec  # nothing is, where the document cannot be read
+    if is_served and base in names and not rows_on_base(session, tenant, base, 1, have_succeeded=True):
         raise AliasesChanged

@@ -1,6 +1,7 @@
 """The events of jobs as they are written, one after the other, and what they say of how often a job's state has changed."""
 
 from collections.abc import Collection
+from hashlib import blake2b
 from typing import Any, get_args
 
 from sqlalchemy import func, select
@@ -32,13 +33,17 @@ def latest_of(session: Session, jobs: Collection[str]) -> dict[str, Latest]:
     }
 
 
-def revision_of(session: Session, job: str) -> int:
-    """The number of the event with which a job came to its state. It is another one after each change of the state."""
-    changes = select(EventRow.seq).where(EventRow.job == job, EventRow.kind.in_(_STATES))
-    return session.scalar(changes.order_by(EventRow.seq.desc()).limit(1)) or 0
+def revision_of(session: Session, job: str) -> str:
+    """A digest of the event with which a job came to its state. It is another one after each change of the state.
+
+    So it is for each job, and after a restore: events that come then may have the numbers of those that were lost.
+    """
+    changes = select(EventRow.seq, EventRow.at).where(EventRow.job == job, EventRow.kind.in_(_STATES))
+    newest = session.execute(changes.order_by(EventRow.seq.desc()).limit(1)).one_or_none() or (0, "")
+    return blake2b(f"{job} {newest[0]} {newest[1]}".encode(), digest_size=8).hexdigest()
 
 
-def check_revision(session: Session, job: str, revisions: Collection[int] | None) -> None:
+def check_revision(session: Session, job: str, revisions: Collection[str] | None) -> None:
     """Check that the revision of a job is one of ``revisions``; None is any.
 
     Who then acts must hold the lock of the job's row by now: each change of the state takes that first.

@@ -46,12 +46,19 @@ def served_name(session: Session, job: JobRow, base: str) -> str:
     return f"{stem if owner(stem) in (None, base) else marked}:{name}"
 
 
-def rows_on_base(session: Session, tenant: str | None, name: str, limit: int) -> list[JobRow]:
-    """At most ``limit`` jobs of ``tenant`` that have started or succeeded on a base model of this name, the newest first."""
+def rows_on_base(
+    session: Session, tenant: str | None, name: str, limit: int, have_succeeded: bool = False
+) -> list[JobRow]:
+    """At most ``limit`` jobs of ``tenant`` that have started or succeeded on a base model of this name, the newest first.
+
+    Or only those that ``have_succeeded``: no other is sure to stay one of them.
+    """
     prefix = f"{name}:"
     alike = JobRow.model.startswith(prefix, autoescape=True)  # of which SQLite compares the case no further
     same = func.substr(JobRow.model, 1, len(prefix)) == prefix
     query = select(JobRow).where(JobRow.tenant == tenant, alike, same, *STARTED)
+    if have_succeeded:
+        query = query.where(JobRow.status == "succeeded")
     return list(session.scalars(query.order_by(JobRow.number.desc()).limit(limit)))
 
 

@@ -1,20 +1,23 @@
 """Promise: a database goes forward from every version with its rows, and back; a step that fails leaves it as it was."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, inspect, text
+from sqlalchemy import Engine, event, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 from chainfed_ray.cluster.database import open_database
+from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.schema import VERSIONS, migrate, open_tables, version_of
 from chainfed_ray.cluster.tables import TABLES
 from chainfed_ray.errors import InvalidSetting
 from tests.builders import SPEC
+from tests.watching import wait_for
 
 JOBS = (("done", "succeeded"), ("going", "running"), ("next", "queued"))
 
@@ -84,7 +87,7 @@ def test_forward_and_back_with_the_rows_of_the_version_before(engine: Engine, da
     assert rows(engine, "select version from schema") == [(2,)], "by which older code knows that it is older"
     deleted = store.submit(SPEC).id
     store.move(deleted, "cancelled")
-    store.deletions.mark(deleted)
+    delete(store, deleted)
     store.close()
 
     write(engine, "update jobs set status = 'paused' where id = :job", job=later)
@@ -114,7 +117,7 @@ def test_what_is_kept_of_jobs_is_added_up_once_and_kept_from_then_on(engine: Eng
     store.move("next-1", "paused")
     store.submit(SPEC)
     assert rows(engine, kept) == [("queued", 1, 0), ("succeeded", 1, 50), ("running", 1, 200), ("paused", 1, 300)]
-    store.deletions.mark("done-1")
+    delete(store, "done-1")
     store.deletions.purge("done-1")
     assert rows(engine, kept) == [("queued", 1, 0), ("running", 1, 200), ("paused", 1, 300)]
     store.close()
@@ -124,6 +127,37 @@ def test_what_is_kept_of_jobs_is_added_up_once_and_kept_from_then_on(engine: Eng
     assert rows(engine, left) == [("failed", 1), ("paused", 1), ("queued", 1)]
     migrate(engine, VERSIONS[-1])
     assert rows(engine, kept) == [("queued", 1, 0), ("failed", 1, 7), ("paused", 1, 300)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["status = 'paused'", "kept_bytes = 5000"])
+@pytest.mark.parametrize(("before", "after"), [("0004", "0005"), ("0005", "0004")])
+def test_jobs_that_are_changed_while_bytes_are_added_up_are_counted(
+    empty_postgresql: str, before: str, after: str, change: str
+) -> None:
+    engine, other = (open_database(empty_postgresql, existing=True) for _ in range(2))
+    first_version(engine)
+    migrate(engine, before)
+    changes = list[Future[None]]()
+
+    def has_come() -> bool:
+        waiting = "select count(*) from pg_locks where not granted"
+        return changes[0].done() or rows(other, waiting) != [(0,)]
+
+    def meanwhile(_: object, __: object, statement: str, *___: object) -> None:
+        if statement.startswith("drop trigger") and not changes:
+            changes.append(threads.submit(write, other, f"update jobs set {change} where id = 'going-1'"))
+            wait_for(has_come, "the change")
+
+    event.listen(engine, "before_cursor_execute", meanwhile)
+    with ThreadPoolExecutor(1) as threads:
+        migrate(engine, after)
+        changes[0].result(30)
+    migrate(engine, VERSIONS[-1])
+    counted = "select jobs, bytes from job_counts where jobs > 0 and status in ('running', 'paused')"
+    assert rows(engine, counted) == [(1, 5000 if "bytes" in change else 0)]
+    engine.dispose()
+    other.dispose()
 
 
 @pytest.mark.slow

@@ -24,6 +24,9 @@ _CHANGED = (
     "(new.tenant, new.status, new.deleted_at is null, coalesce(new.kept_bytes, 0))"
 )
 _COLUMNS = "tenant, status, deleted_at, kept_bytes"
+# Who changes a job locks its row, and then its count by a trigger. To wait for those first, and let no other in, keeps
+# changes of tables out of a circle, and no bytes are noted between the sums and the triggers that keep them.
+_ALONE = {"postgresql": ("lock table jobs in access exclusive mode",)}
 _KEEP = {
     "sqlite": (
         f"create trigger jobs_added after insert on jobs begin {_MORE}; end",
@@ -47,6 +50,8 @@ _KEEP = {
 def upgrade() -> None:
     """Add up the bytes once, and keep the sums from now on."""
     dialect = op.get_bind().dialect.name
+    for statement in _ALONE.get(dialect, ()):
+        op.execute(statement)
     op.add_column("job_counts", sa.Column("bytes", sa.BigInteger, nullable=False, server_default="0"))
     op.execute(
         "update job_counts set bytes = (select coalesce(sum(kept_bytes), 0) from jobs where deleted_at is null "
@@ -59,6 +64,6 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Keep the counts alone."""
     dialect = op.get_bind().dialect.name
-    for statement in (*STOP.get(dialect, ()), *KEEP.get(dialect, ())):
+    for statement in (*_ALONE.get(dialect, ()), *STOP.get(dialect, ()), *KEEP.get(dialect, ())):
         op.execute(statement)
     op.drop_column("job_counts", "bytes")

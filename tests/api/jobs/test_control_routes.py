@@ -90,10 +90,17 @@ def test_progress_is_no_change_for_whoever_tells_a_job_something(client: TestCli
     assert (changed.status_code, changed.json()["activity"]["what"]) == (200, "training a round")
     assert changed.headers["etag"] != seen
     assert client.get(path, headers={"If-None-Match": changed.headers["etag"]}).status_code == 304
-    wrong = (f"W/{seen}", seen.strip('"'), seen.partition("-")[0] + '"', f'"9{seen[1:]}')
+    wrong = (f"W/{seen}", seen.strip('"'), seen.partition("-")[0] + '"', f'"{16 * "0"}{seen[17:]}')
     assert [client.post(f"{path}/pause", headers={"If-Match": tag}).status_code for tag in wrong] == 4 * [412]
     assert client.post(f"{path}/pause", headers={"If-Match": seen}).status_code == 202
     assert client.post(f"{path}/pause", headers={"If-Match": seen}).status_code == 412, "also what would change nothing"
+
+
+def test_the_tag_of_another_job_is_never_a_jobs(client: TestClient, store: JobStore) -> None:
+    one, other = (store.submit(SPEC).id for _ in range(2))
+    tag = {"If-Match": client.get(f"/v1/jobs/{one}").headers["etag"]}
+    assert client.post(f"/v1/jobs/{other}/cancel", headers=tag).status_code == 412
+    assert client.post(f"/v1/jobs/{one}/cancel", headers=tag).status_code == 202
 
 
 def test_of_two_who_hold_one_tag_one_acts(client: TestClient, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:

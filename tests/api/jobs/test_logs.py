@@ -12,9 +12,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from chainfed_ray.api.jobs import logs
-from chainfed_ray.api.rest import service
 from chainfed_ray.api.sdk import exchanges
 from chainfed_ray.api.sdk.clients import Client
+from chainfed_ray.cluster.access import waiting
 from chainfed_ray.cluster.files.job_log import JobLog, LogLine
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
@@ -62,7 +62,7 @@ def test_pages_from_the_first_line_to_the_end_of_the_job(client: TestClient, sto
 def test_so_many_wait_and_no_more(
     app: FastAPI, store: JobStore, storage: Storage, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(service, limit, 2)
+    monkeypatch.setattr(waiting, limit, 2)
     job = store.submit(SPEC).id
     path, looks, known = f"/v1/jobs/{job}/logs", Counter[int](), logs.page_of
 

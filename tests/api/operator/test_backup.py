@@ -1,7 +1,10 @@
 """Promises of backups: what is restored answers as at the time of the backup, wherever it is restored to."""
 
 import json
+import os
 import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +20,7 @@ from chainfed_ray.cluster.access.audit import Act, AuditLog
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.database import open_database
 from chainfed_ray.cluster.files.uploads import UploadStore
+from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.objects.snapshots import Snapshots
 from chainfed_ray.cluster.objects.working_copy import WorkingCopy
@@ -28,6 +32,7 @@ from chainfed_ray.model.saved_stack import load_stack, save_stack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.site.codec import survey_order
 from chainfed_ray.site.envelope import Done, JobDocument
+from tests import postgres
 from tests.builders import SPEC, a_round, a_start
 from tests.models import a_saved_stack
 from tests.pools import Killed
@@ -136,7 +141,7 @@ def test_what_is_restored_answers_as_at_the_time_of_the_backup(
     more_bytes = uploads.files("default", {"data": {"train": f"upload:{more}"}})[more].path
     store.move(jobs[1], "running")
     storage.remove(jobs[0])
-    store.deletions.mark(jobs[0])
+    delete(store, jobs[0])
     store.deletions.purge(jobs[0])
     store.close()
     uploads.close()
@@ -334,6 +339,58 @@ def test_a_restore_that_fails_leaves_the_database_as_it_was(
     assert keys.authenticate(made.token)
     store.close()
     keys.close()
+
+
+def test_what_a_killed_restore_has_left_is_no_part_of_the_next_one(storage: Storage, tmp_path: Path) -> None:
+    keys = KeyStore(storage.database)
+    keys.make_key("alice", ["read"])
+    back_up(storage, tmp_path / "first")
+    bob = keys.make_key("bob", ["read"])
+    back_up(storage, tmp_path / "second")
+    keys.close()
+    partial = storage.root / "chainfed.db.restored"
+    shutil.copyfile(tmp_path / "first" / "database.db", partial)
+    log = partial.with_name(f"{partial.name}-wal")
+    with closing(sqlite3.connect(partial)) as connection:
+        connection.execute("pragma journal_mode = wal")
+        connection.execute("update keys set revoked_at = created_at")
+        connection.commit()
+        written = log.read_bytes()
+    log.write_bytes(written)  # as it is if the process is killed here
+    restore(storage, tmp_path / "second", replace=True)
+    keys = KeyStore(storage.database)
+    assert keys.authenticate(bob.token), "the log is of another copy"
+    keys.close()
+    assert not list(storage.root.glob("*.restored*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_cut_short", [False, True])
+def test_no_file_has_what_a_restore_puts_into_postgresql(
+    empty_postgresql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cut_short: bool
+) -> None:
+    storage = Storage.at(tmp_path / "storage", empty_postgresql)
+    store = JobStore(empty_postgresql)
+    back_up(storage, tmp_path / "copy")
+    job = store.submit(SPEC).id
+    store.close()
+    programs, seen = tmp_path / "programs", tmp_path / "seen"
+    programs.mkdir()
+    installed = postgres.installed()
+    for name, line in (("psql", f'find {storage.root} -name "*.sql" >> {seen}; exec'), ("pg_restore", "")):
+        ends = "; case $* in *--list*) ;; *) exit 1;; esac" if is_cut_short and name == "pg_restore" else ""
+        (programs / name).write_text(f'#!/bin/sh\n{line} {installed}/{name} "$@"{ends}\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    if is_cut_short:
+        with pytest.raises(InvalidSetting, match="pg_restore"):
+            restore(storage, tmp_path / "copy", replace=True)
+    else:
+        restore(storage, tmp_path / "copy", replace=True)
+    assert seen.read_text() == ""
+    store = JobStore(empty_postgresql)
+    assert [found.id for found in store.page()] == ([job] if is_cut_short else []), "nobody has committed"
+    store.close()
 
 
 def killed(*_: object) -> None:

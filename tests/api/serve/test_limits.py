@@ -11,8 +11,10 @@ from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
 from chainfed_ray.cluster.files.uploads import UploadStore
+from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.tables import Status
 from tests.apps import an_app
 from tests.builders import SPEC
 
@@ -200,3 +202,33 @@ def test_a_tenant_has_so_many_uploads(storage: Storage, store: JobStore, keys: K
     assert "1 uploads, as many as CHAINFED_UPLOADS allows" in answers[2].json()["detail"]
     assert client.post("/v1/uploads", json=bodies[2], headers=bob).status_code == 201
     uploads.close()
+
+
+@pytest.mark.slow
+def test_bytes_that_are_full_are_those_of_the_jobs_tenant_and_matter_where_it_goes_on(
+    store: JobStore, keys: KeyStore
+) -> None:
+    app = an_app(store, AccessRules(KeyRing(keys), "nobody"), stored_bytes=1000)
+    client, alice = TestClient(app, "http://localhost"), store.seen_by("alice", everything=False)
+    own, operator = bearer(keys, "alice", "submit"), bearer(keys, "ops", "submit", "admin")
+    full = alice.submit(SPEC).id
+    store.kept_bytes.note(full, 1000)
+
+    def asked(what: str, headers: dict[str, str], *states: Status) -> int:
+        """The answer to who asks it of a new job of alice's that was in these states."""
+        job = alice.submit(SPEC).id
+        for state in states:
+            assert store.move(job, state)
+        return client.post(f"/v1/jobs/{job}/{what}", headers=headers).status_code
+
+    for headers in (own, operator):
+        assert asked("resume", headers, "paused") == 429
+        assert asked("retry", headers, "cancelled") == 429
+    assert asked("resume", own) == asked("resume", own, "running") == 202, "it goes on already"
+    assert asked("resume", own, "running", "pausing") == 202, "it has not stopped yet"
+    assert asked("retry", own) == 202
+    assert asked("retry", own, "running", "succeeded") == asked("resume", own, "cancelled") == 409
+    store.move(full, "cancelled")
+    delete(store, full)
+    store.kept_bytes.note(store.seen_by("ops", everything=False).submit(SPEC).id, 1000)
+    assert asked("resume", operator, "paused") == asked("retry", operator, "cancelled") == 202, "alice has room"

@@ -8,6 +8,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from chainfed_ray.activity import Note
 from chainfed_ray.api.jobs.conditions import CHANGES, conditions
@@ -380,12 +381,33 @@ def test_a_job_that_has_changed_since_it_was_looked_at_stays_as_it_is(
     for state in states:
         assert store.move(job, state)
     before, now = store.events(job), store.revision(job)
-    assert now > earlier
+    assert now != earlier
     with pytest.raises(PreconditionFailed, match=job):
         ask(store.at([earlier]), job)
     assert store.events(job) == before
     store.publish(job, "round-0", "round", {"index": 0})
     ask(store.at([earlier, now]), job)
+
+
+def test_a_revision_is_of_one_job_and_of_one_history(
+    any_store: JobStore, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chainfed_ray.cluster.jobs.store.moment", lambda: "2026-10-01T00:00:00.000Z")
+    first, second = (any_store.submit(SPEC).id for _ in range(2))
+    assert any_store.revision(first) != any_store.revision(second), "both were queued at once"
+    monkeypatch.undo()
+    any_store.move(first, "paused")
+    lost = any_store.revision(first)
+    engine = create_engine(database)
+    with engine.begin() as connection:  # as a restore of a backup from before the pause
+        connection.execute(text("delete from events where kind = 'paused'"))
+        connection.execute(text("update jobs set status = 'queued'"))
+    engine.dispose()
+    monkeypatch.setattr("chainfed_ray.cluster.jobs.store.moment", lambda: "2027-10-01T00:00:00.000Z")
+    any_store.move(first, "cancelled")
+    assert len(any_store.events(first)) == 2
+    with pytest.raises(PreconditionFailed):
+        delete(any_store.at([lost]), first)
 
 
 def test_what_was_done_is_no_conflict_if_another_undoes_it_at_once(
@@ -488,10 +510,36 @@ def test_an_alias_that_is_made_while_its_job_is_deleted_keeps_the_job(
     assert store.model(SPEC.model_name)
 
 
+def test_a_job_that_may_fail_takes_no_place_of_the_last_one_on_a_base_model_with_an_alias(store: JobStore) -> None:
+    first, second = served(store), store.submit(SPEC).id
+    store.move(second, "running")
+    store.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0}, [first])
+    with pytest.raises(JobConflict, match="the alias support stands for its model"):
+        delete(store, first)
+    store.move(second, "succeeded", result={})
+    delete(store, first)
+    assert [job.id for job in store.page()] == [second]
+
+
+def test_a_job_whose_document_cannot_be_read_is_deleted_whatever_its_base_model(
+    any_store: JobStore, database: str
+) -> None:
+    store, job = any_store, served(any_store)
+    store.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0}, [job])
+    engine = create_engine(database)
+    with engine.begin() as connection:
+        connection.execute(text("update jobs set spec = '[1]'"))
+    engine.dispose()
+    delete(store, job)
+    assert store.page() == []
+
+
 def test_of_the_last_two_jobs_on_a_base_model_with_an_alias_one_stays(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, mark = served(store), served(store, None), Deletions.mark
+    training = store.submit(SPEC).id  # which may fail
+    store.move(training, "running")
     store.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0}, [first])
     later = [lambda: delete(store, second)]
 
@@ -503,4 +551,4 @@ def test_of_the_last_two_jobs_on_a_base_model_with_an_alias_one_stays(
     monkeypatch.setattr(Deletions, "mark", after_another)
     with pytest.raises(JobConflict, match="the alias support stands for its model"):
         delete(store, first)
-    assert [job.id for job in store.page()] == [first]
+    assert [job.id for job in store.page()] == [training, first]

@@ -9,6 +9,7 @@ import pytest
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.draining import Drain
+from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.feed import MOST_OF_TENANT, MOST_WATCHERS, Busy, EventFeed
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import Event
@@ -126,7 +127,7 @@ def test_a_job_that_is_deleted_ends_its_watchers_and_no_others(
         found = latest(jobs)
         if third in found and store.move(third, "failed"):
             found = latest(jobs)
-            store.deletions.mark(third)
+            delete(store, third)
         return found
 
     async def story() -> list[list[int | str]]:
@@ -134,7 +135,7 @@ def test_a_job_that_is_deleted_ends_its_watchers_and_no_others(
         watcher, others = feed.watch(job, 0), asyncio.create_task(heard(feed, other))
         begun = await anext(watcher)
         store.move(job, "cancelled")
-        store.deletions.mark(job)  # before anybody has looked
+        delete(store, job)  # before anybody has looked
         monkeypatch.setattr(store, "latest", deleted_since)
         later = await asyncio.wait_for(heard(feed, third), 20)
         first = [begun.seq] if isinstance(begun, Event) else []

@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from chainfed_ray.cluster.jobs.cleanup import fail, pause
+from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import LimitReached
@@ -49,7 +50,7 @@ def test_a_job_counts_with_all_its_files_from_when_it_was_paused_or_over_to_its_
     other = store.submit(SPEC).id
     store.kept_bytes.note(other, 5000)
     assert kept(store) == "0B of uploads and 16.6KiB of jobs"
-    store.deletions.mark(job)
+    delete(store, job)
     assert kept(store) == "0B of uploads and 4.9KiB of jobs"
     store.deletions.purge(job)
     assert kept(store) == "0B of uploads and 4.9KiB of jobs"
