@@ -32,7 +32,7 @@ OF_DISKS = (
     *(errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EIO, errno.EROFS, errno.ESTALE),
 )
 """All that it says of disks that do not work. They come back, so they are waited for. The rest is of what was named."""
-_OF_RUST = re.compile(r"\(os error (\d+)\)$")  # how libraries in Rust end the words of an error of the system
+_OF_RUST = re.compile(r"\(os error (\d+)\)$")  # how safetensors and tokenizers end the words of an error of the system
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has in place of one that it did not fetch
 NF4 = "#nf4"  # ends the name of a base model whose matrices are read in NF4, as in ``hf:org/name#nf4``
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -191,7 +191,9 @@ def trouble_behind(error: BaseException) -> OSError | None:
     while behind:
         if isinstance(behind, OSError) and behind.errno in OF_DISKS:
             return behind
-        if (found := _OF_RUST.search(str(behind))) and int(found[1]) in OF_DISKS:
+        # Other errors may quote what is in a user's file.
+        of_rust = type(behind) is Exception or type(behind).__name__ == "SafetensorError"
+        if of_rust and (found := _OF_RUST.search(str(behind))) and int(found[1]) in OF_DISKS:
             return OSError(int(found[1]), os.strerror(int(found[1])))
         behind = behind.__cause__ or behind.__context__
     return None

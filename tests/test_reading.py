@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from chainfed_ray.data.sources import read_table
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
@@ -41,6 +42,7 @@ from chainfed_ray.reading import (
     data_file,
     reading_by,
     reading_from,
+    trouble_behind,
     try_to_read,
 )
 from chainfed_ray.streaming.checkpoint import Checkpoint
@@ -244,12 +246,24 @@ def test_so_it_is_with_each_file_of_a_model(
 
 def test_what_a_library_in_rust_says_of_a_disk_is_read_as_well() -> None:
     own = partial(reading_from, "path:model", lambda error: UnsupportedModel("model", str(error)))
-    with pytest.raises(OSError, match="Input/output error") as raised, own():
-        raise RuntimeError("I/O error: Input/output error (os error 5)")
-    assert (raised.value.errno, raised.value.filename) == (EIO, "path:model")
-    for words in ("No such file or directory (os error 2)", "it says (os error 5) of itself"):
-        with pytest.raises(UnsupportedModel, match="os error"), own():
-            raise RuntimeError(words)
+    for kind in (Exception, SafetensorError):
+        with pytest.raises(OSError, match="Input/output error") as raised, own():
+            raise kind("I/O error: Input/output error (os error 5)")
+        assert (raised.value.errno, raised.value.filename) == (EIO, "path:model")
+        for words in ("No such file or directory (os error 2)", "it says (os error 5) of itself"):
+            with pytest.raises(UnsupportedModel, match="os error"), own():
+                raise kind(words)
+
+
+@pytest.mark.parametrize("words", ["(os error 110)", "(os error 5)"])
+def test_what_a_user_s_file_says_of_a_disk_is_not(words: str, tmp_path: Path) -> None:
+    """An error that quotes it has no trouble behind it: a job would wait for its file without an end."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"a,{words},{words}\n1,2,3\n")
+    with pytest.raises(InvalidJob, match="os error"):
+        read_table("data.train", f"path:{rows}", "train")
+    for error in (InvalidJob.at("data.label", "x", f"one of a, {words}"), ValueError(f"a header {words}")):
+        assert trouble_behind(error) is None
 
 
 def test_the_bytes_of_an_upload_that_are_gone_are_no_mistake_of_whoever_names_it(tmp_path: Path) -> None:
