@@ -195,10 +195,15 @@ def _place(path: Path, roots: tuple[Path, ...]) -> tuple[Path, Path]:
 
 
 def _check_filled(root: Path) -> None:
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root) as entries:
-        if next(entries, None) is not None:
-            return
-    raise OSError(errno.ENODEV, "nothing is there, as if its disk was not mounted", str(root))
+    try:
+        with os.scandir(root) as entries:
+            filled = next(entries, None) is not None
+    except NotADirectoryError:  # a root may be a file
+        filled = True
+    except FileNotFoundError:
+        filled = False
+    if not filled:
+        raise OSError(errno.ENODEV, "nothing is there, as if its disk was not mounted", str(root))
 
 
 def trouble_behind(error: BaseException) -> OSError | None:

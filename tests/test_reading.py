@@ -162,6 +162,14 @@ def test_a_root_that_is_empty_or_missing_is_a_disk_that_is_away(roots: tuple[Pat
         assert "a file or folder that exists" in refusal(f"path:{outside}/none.csv")
 
 
+def test_a_root_may_be_a_file(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(ROWS)
+    with reading_by(ReadingRules((rows,))):
+        assert len(read_table("data.train", f"path:{rows}", "train")) == 2
+        try_its_disk(rows)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_roots_in_each_other_the_deepest_is_the_disk(tmp_path: Path, order: int) -> None:
     (tmp_path / "rows.csv").write_text(ROWS)

@@ -221,10 +221,10 @@ def _wait_for_disk(
     The job's caches, which may have filled a disk, are removed and made again later.
     """
     storage.clear_scratch(job)
-    what = "the hub" if isinstance(trouble, HubAway) else "a disk"
-    _log.warning("job %s waits for %s: %s", job, what, trouble)
+    _log.warning("job %s waits: %s", job, trouble)
     seen, left = False, seconds
     while not _is_to_stop(job, store, storage):
+        what = "the hub" if isinstance(trouble, HubAway) else "a disk"
         with suppress(*NO_ANSWER):  # the database may be on the same disk
             store.note_activity(job, Activity(what=f"waiting for {what}", note=str(trouble)))
         sleep(_RETRY_SECONDS)

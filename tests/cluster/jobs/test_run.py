@@ -26,7 +26,7 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import JobRecord, Status
 from chainfed_ray.errors import JobConflict, QuorumLost
 from chainfed_ray.federation.run import in_this_process
-from chainfed_ray.reading import EVERYTHING, ReadingRules
+from chainfed_ray.reading import EVERYTHING, HubAway, ReadingRules
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.secret import secret_path
 from chainfed_ray.spec.parse import parse_job
@@ -397,6 +397,18 @@ def test_a_job_that_waits_for_a_disk_stops_within_seconds(
     assert sum(waited) == 50, "of the wait of 40 s, 15"
     goes_on = {"pausing": "paused", "cancelling": "cancelling", "drain": "running"}
     assert store.get(job).status == goes_on[asked]
+
+
+@pytest.mark.slow
+def test_the_hub_is_waited_for_and_named(
+    job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = HubAway(ETIMEDOUT, "status 503", "hf:org/x")
+    monkeypatch.setattr(f"{RUN}.run_job", raising(*[away] * 9, ValueError("of the job")))
+    run_queued_job(job, storage, in_this_process)
+    said = {"what": "waiting for the hub", "note": "the hub does not answer (status 503): hf:org/x"}
+    assert all(record.activity is not None and said.items() <= record.activity.items() for record in waits)
+    assert store.get(job).error == OF_THE_JOB
 
 
 def test_a_job_whose_document_cannot_be_read_fails_and_says_so(storage: Storage, store: JobStore) -> None:
