@@ -5,7 +5,8 @@ import math
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from errno import ETIMEDOUT
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from chainfed_ray.errors import InvalidJob, PackageMissing, UnsupportedModel, how_to_get
+from chainfed_ray.errors import ChainFedError, InvalidJob, PackageMissing, UnsupportedModel, how_to_get
 from chainfed_ray.gguf_file import converted
 from chainfed_ray.problem import shown
-from chainfed_ray.reading import OF_DISKS, NotAllowed, check_repository, model_path, reading_from
+from chainfed_ray.reading import OF_DISKS, HubAway, NotAllowed, check_repository, model_path, reading_from
 
 _FORMS = "builtin:minilm, builtin:smollm2, path:<folder or .gguf file> or hf:<org>/<name>[@<revision>]"
 # The package carries the model, and names as its requirement a library that is compiled for minutes and not used here.
@@ -51,6 +52,7 @@ _SIZES = {  # and the least of each; GLM-5 has heads of no width of their own
     "intermediate_size": 1,
     "vocab_size": 1,
 }
+_TOO_MANY_REQUESTS, _SERVER_ERROR = 429, 500  # statuses of HTTP; above the second all are the server's own
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # *.jinja is the chat template; the README says the licence.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
@@ -292,6 +294,35 @@ def hub_is_reachable() -> bool:
     return True
 
 
+@contextmanager
+def asking_the_hub() -> Iterator[None]:
+    """Tell a hub that does not answer while a block asks it from one that says what is wrong with the question.
+
+    Raises:
+        HubAway: it does not answer, it has failed, or it has too much to do.
+        ValueError: this machine is set to ask no hub.
+    """
+    try:
+        yield
+    except ChainFedError:
+        raise
+    except Exception as error:
+        behind: BaseException | None = error
+        while behind:
+            if isinstance(behind, OfflineModeIsEnabled):
+                raise ValueError(first_line(error)) from None
+            status = getattr(getattr(behind, "response", None), "status_code", None)
+            if type(status) is int and (status == _TOO_MANY_REQUESTS or status >= _SERVER_ERROR):
+                raise HubAway(ETIMEDOUT, f"status {status}") from None
+            # Which library carries a question, and so whose error it is, depends on the version of the hub's.
+            if any(kind.__name__ == "TransportError" for kind in type(behind).__mro__):
+                raise HubAway(ETIMEDOUT, type(behind).__name__) from None
+            behind = behind.__cause__ or behind.__context__
+        if isinstance(error, TimeoutError | ConnectionError) and error.errno is None:
+            raise HubAway(ETIMEDOUT, first_line(error)) from None
+        raise
+
+
 def _packaged(base: str, package: str, how: str) -> Path:
     """The folder in which an installed package is. It is not imported: it is asked for its files alone."""
     try:
@@ -334,7 +365,7 @@ def _download(base: str, name: str) -> Path:
     def refusal(error: Exception) -> InvalidJob:
         return InvalidJob.at("model.base", base, f"a model on the hub that may be read ({first_line(error)})")
 
-    with reading_from(base, refusal):
+    with reading_from(base, refusal), asking_the_hub():
         try:
             return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
         except LocalEntryNotFoundError:

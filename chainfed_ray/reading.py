@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,7 +32,7 @@ OF_DISKS = (
     *(errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EIO, errno.EROFS, errno.ESTALE),
 )
 """All that it says of disks that do not work. They come back, so they are waited for. The rest is of what was named."""
-_OF_RUST = re.compile(r"\(os error (\d+)\)$")  # how libraries in Rust end the words of an error of the system
+_OF_RUST = re.compile(r"\(os error (\d+)\)$")  # how safetensors and tokenizers end the words of an error of the system
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has in place of one that it did not fetch
 NF4 = "#nf4"  # ends the name of a base model whose matrices are read in NF4, as in ``hf:org/name#nf4``
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -65,6 +65,13 @@ class ReadingRules:
 
 class NotAllowed(Exception):
     """The rules do not allow to read this. It says nothing about what is there, or whether anything is."""
+
+
+class HubAway(OSError):
+    """The hub does not answer, or has too much to do. It comes back, as disks do."""
+
+    def __str__(self) -> str:
+        return f"the hub does not answer ({self.strerror}): {self.filename}"
 
 
 EVERYTHING = ReadingRules()
@@ -165,24 +172,38 @@ def within(path: Path, roots: tuple[Path, ...]) -> Path:
         NotAllowed: it is in none of them.
         OSError: it is in one that is empty or missing. That is how the folder looks on which a disk is not mounted.
     """
-    try:
-        found = path.resolve()
-        root = next((root for root in roots if found.is_relative_to(root.resolve())), None)
-    except (OSError, RuntimeError, ValueError):  # links in a circle, a folder that may not be read, a null character
-        root = None
-    if root is None:
-        raise NotAllowed
-    if not found.exists() and not _has_anything(root):
-        raise OSError(errno.ENODEV, "nothing is there, as if its disk was not mounted", str(root))
+    found, root = _place(path, roots)
+    if found == root or not found.exists():
+        _check_filled(root)
     return found
 
 
-def _has_anything(root: Path) -> bool:
+def _place(path: Path, roots: tuple[Path, ...]) -> tuple[Path, Path]:
+    """Where ``path`` leads to, and in which of ``roots`` that is: of several the deepest, which may be a disk of its own.
+
+    Raises:
+        NotAllowed: it is in none of them.
+    """
+    try:
+        found = path.resolve()
+        above = [root for root in (root.resolve() for root in roots) if found.is_relative_to(root)]
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a folder that may not be read, a null character
+        above = []
+    if not above:
+        raise NotAllowed
+    return found, max(above, key=lambda root: len(root.parts))
+
+
+def _check_filled(root: Path) -> None:
     try:
         with os.scandir(root) as entries:
-            return next(entries, None) is not None
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+            filled = next(entries, None) is not None
+    except NotADirectoryError:  # a root may be a file
+        filled = True
+    except FileNotFoundError:
+        filled = False
+    if not filled:
+        raise OSError(errno.ENODEV, "nothing is there, as if its disk was not mounted", str(root))
 
 
 def trouble_behind(error: BaseException) -> OSError | None:
@@ -191,10 +212,27 @@ def trouble_behind(error: BaseException) -> OSError | None:
     while behind:
         if isinstance(behind, OSError) and behind.errno in OF_DISKS:
             return behind
-        if (found := _OF_RUST.search(str(behind))) and int(found[1]) in OF_DISKS:
+        # Other errors may quote what is in a user's file.
+        of_rust = type(behind) is Exception or type(behind).__name__ == "SafetensorError"
+        if of_rust and (found := _OF_RUST.search(str(behind))) and int(found[1]) in OF_DISKS:
             return OSError(int(found[1]), os.strerror(int(found[1])))
         behind = behind.__cause__ or behind.__context__
     return None
+
+
+def _of_a_connection(error: Exception) -> OSError | None:
+    """The trouble of a connection of which a library says no more than its kind."""
+    if not isinstance(error, TimeoutError | ConnectionError):
+        return None
+    kind = errno.ETIMEDOUT if isinstance(error, TimeoutError) else errno.ENOTCONN
+    return OSError(kind, str(error).partition("\n")[0] or os.strerror(kind))
+
+
+def what_fails(trouble: OSError) -> str:
+    """What does not work, in words."""
+    if isinstance(trouble, HubAway):
+        return "the hub"
+    return f"the disk with {trouble.filename}" if trouble.filename else "a disk that the job reads"
 
 
 @contextmanager
@@ -215,29 +253,46 @@ def reading_from(source: str, refusal: Callable[[Exception], ChainFedError]) -> 
     except (ChainFedError, MemoryError, NotAllowed):
         raise
     except Exception as error:
-        if trouble := trouble_behind(error):
-            trouble.filename = trouble.filename or source
-            raise trouble from None
-        if isinstance(error, TimeoutError | ConnectionError):
-            raise
-        raise refusal(error) from None
+        trouble = trouble_behind(error) or _of_a_connection(error)
+        if trouble is None:
+            raise refusal(error) from None
+        if trouble.errno not in OF_FULL_DISKS:  # what is full is where something was written, and not what is read
+            trouble.filename = source  # and not a name of ours for it, or where the service keeps it
+        raise trouble from None
 
 
-def try_to_read(path: Path) -> None:
-    """Read a little of a file, or of each file in a folder, if something is there, and the rules allow data or a model to be.
+def try_to_read(path: Path, of_model: bool = False) -> None:
+    """Read a little of a file, or of each file in a folder, if something is there, and the rules allow it.
 
     Raises:
         OSError: it cannot be read.
     """
-    if _rules.data_roots is not None and _rules.model_roots is not None:
-        try:
-            path = within(path, (*_rules.data_roots, *_rules.model_roots))
-        except NotAllowed:
-            return
-    for file in path.iterdir() if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb", buffering=0) as opened:
-                opened.read(1)
+    roots = _rules.model_roots if of_model else _rules.data_roots
+    with suppress(NotAllowed):
+        path = path if roots is None else within(path, roots)
+        for file in path.iterdir() if path.is_dir() else [path]:
+            if file.is_file():
+                with file.open("rb", buffering=0) as opened:
+                    opened.read(1)
+
+
+def try_its_disk(path: Path, of_model: bool = False) -> None:
+    """Look into the root of a file, and into the folder where it is, or which it is, if the rules allow it.
+
+    Raises:
+        OSError: one cannot be looked into. So it is no trouble of the file alone.
+    """
+    roots = _rules.model_roots if of_model else _rules.data_roots
+    with suppress(NotAllowed):
+        if roots is not None:
+            path, root = _place(path, roots)
+            _check_filled(root)
+        folders = [path.parent]
+        with suppress(OSError):  # one that does not say what it is may be the trouble of itself alone
+            folders += [path] if path.is_dir() else []
+        for folder in folders:
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(folder) as entries:
+                next(entries, None)
 
 
 def _ordinary(path: Path) -> Path:

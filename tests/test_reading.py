@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,11 +21,14 @@ from errno import (
 )
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from chainfed_ray.data.sources import read_table
 from chainfed_ray.errors import InvalidJob, UnsupportedModel
@@ -33,7 +37,9 @@ from chainfed_ray.model.source import check_generation
 from chainfed_ray.planning.base_model import about_the_model
 from chainfed_ray.reading import (
     EVERYTHING,
+    OF_DISKS,
     OWN_UPLOAD,
+    HubAway,
     NotAllowed,
     ReadingRules,
     UploadedFile,
@@ -41,7 +47,10 @@ from chainfed_ray.reading import (
     data_file,
     reading_by,
     reading_from,
+    trouble_behind,
+    try_its_disk,
     try_to_read,
+    what_fails,
 )
 from chainfed_ray.streaming.checkpoint import Checkpoint
 
@@ -143,12 +152,33 @@ def test_a_root_that_is_empty_or_missing_is_a_disk_that_is_away(roots: tuple[Pat
             ask = partial(read, f"path:{inside}/rows.csv", *(["train"] if key == "data.train" else []))
             with pytest.raises(OSError, match="not mounted") as away:
                 ask()
-            assert (away.value.errno, away.value.filename) == (ENODEV, str(inside)), key
+            assert (away.value.errno, away.value.filename) == (ENODEV, f"path:{inside}/rows.csv"), key
+            with pytest.raises(OSError, match="not mounted"):
+                read(f"path:{inside}", *(["train"] if key == "data.train" else []))
         assert "CHAINFED_DATA_ROOTS" in refusal(f"path:{outside}/none.csv")
         if inside.exists():
             inside.rmdir()
     with reading_by(ReadingRules((outside, inside))):
         assert "a file or folder that exists" in refusal(f"path:{outside}/none.csv")
+
+
+def test_a_root_may_be_a_file(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(ROWS)
+    with reading_by(ReadingRules((rows,))):
+        assert len(read_table("data.train", f"path:{rows}", "train")) == 2
+        try_its_disk(rows)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_roots_in_each_other_the_deepest_is_the_disk(tmp_path: Path, order: int) -> None:
+    (tmp_path / "rows.csv").write_text(ROWS)
+    inner = tmp_path / "mounted"
+    inner.mkdir()
+    with reading_by(ReadingRules((tmp_path, inner)[::order])):
+        assert "a file or folder that exists" in refusal(f"path:{tmp_path}/none.csv")
+        with pytest.raises(OSError, match="not mounted"):
+            read_table("data.train", f"path:{inner}/none.csv", "train")
 
 
 AWAY = [EIO, ETIMEDOUT, EHOSTDOWN, ENOTCONN, ESTALE, ENODEV]
@@ -244,19 +274,131 @@ def test_so_it_is_with_each_file_of_a_model(
 
 def test_what_a_library_in_rust_says_of_a_disk_is_read_as_well() -> None:
     own = partial(reading_from, "path:model", lambda error: UnsupportedModel("model", str(error)))
-    with pytest.raises(OSError, match="Input/output error") as raised, own():
-        raise RuntimeError("I/O error: Input/output error (os error 5)")
-    assert (raised.value.errno, raised.value.filename) == (EIO, "path:model")
-    for words in ("No such file or directory (os error 2)", "it says (os error 5) of itself"):
-        with pytest.raises(UnsupportedModel, match="os error"), own():
-            raise RuntimeError(words)
+    for kind in (Exception, SafetensorError):
+        with pytest.raises(OSError, match="Input/output error") as raised, own():
+            raise kind("I/O error: Input/output error (os error 5)")
+        assert (raised.value.errno, raised.value.filename) == (EIO, "path:model")
+        for words in ("No such file or directory (os error 2)", "it says (os error 5) of itself"):
+            with pytest.raises(UnsupportedModel, match="os error"), own():
+                raise kind(words)
+
+
+@pytest.mark.parametrize("words", ["(os error 110)", "(os error 5)"])
+def test_what_a_user_s_file_says_of_a_disk_is_not(words: str, tmp_path: Path) -> None:
+    """An error that quotes it has no trouble behind it: a job would wait for its file without an end."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"a,{words},{words}\n1,2,3\n")
+    with pytest.raises(InvalidJob, match="os error"):
+        read_table("data.train", f"path:{rows}", "train")
+    for error in (InvalidJob.at("data.label", "x", f"one of a, {words}"), ValueError(f"a header {words}")):
+        assert trouble_behind(error) is None
 
 
 def test_the_bytes_of_an_upload_that_are_gone_are_no_mistake_of_whoever_names_it(tmp_path: Path) -> None:
     with reading_by(ReadingRules(uploads={"one": UploadedFile("rows.csv", tmp_path / "one")})):
-        with pytest.raises(OSError, match="the bytes of the upload are not there"):
+        with pytest.raises(OSError, match="the bytes of the upload are not there") as gone:
             read_table("data.train", "upload:one", "train")
+        assert gone.value.filename == "upload:one", "and not where the service keeps it"
         assert OWN_UPLOAD in refusal("upload:two")
+
+
+def test_a_trouble_names_what_the_job_named(roots: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is opened once, and read under a name that leads to no other."""
+
+    def opened(path: Path, *rest: Any) -> NoReturn:
+        raise OSError(EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(OSError, match="Input/output error") as away:
+        read_table("data.train", f"path:{roots[0]}/rows.csv", "train")
+    assert away.value.filename == f"path:{roots[0]}/rows.csv"
+
+
+@pytest.mark.parametrize("of_model", [True, False])
+def test_the_roots_of_one_kind_are_enough_to_try_its_disk(of_model: bool, tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for try_ in (try_to_read, try_its_disk):
+        with reading_by(ReadingRules(None, (inside,)) if of_model else ReadingRules((inside,))):
+            try_(inside / "rows.csv", not of_model)
+            with pytest.raises(OSError, match="not mounted"):
+                try_(inside / "rows.csv", of_model)
+
+
+@pytest.mark.parametrize("by_root", [True, False])
+def test_a_file_that_alone_is_broken_is_told_from_a_disk_that_is(
+    by_root: bool, tmp_path: Path, failing: Callable[[int, str], None]
+) -> None:
+    rows = tmp_path / "folder" / "rows.csv"
+    rows.parent.mkdir()
+    rows.write_text(ROWS)
+    with reading_by(ReadingRules((tmp_path,) if by_root else None)):
+        failing(EIO, "os.stat")
+        try_its_disk(rows)
+        with pytest.raises(OSError, match="Input/output error"):
+            try_to_read(rows)
+        failing(EIO, "os.scandir")
+        with pytest.raises(OSError, match="Input/output error"):
+            try_its_disk(rows)
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, ConnectionError, ConnectionResetError])
+def test_a_library_that_says_no_number_of_a_connection_is_understood(kind: type[OSError]) -> None:
+    own = partial(reading_from, "path:model", lambda error: UnsupportedModel("model", str(error)))
+    with pytest.raises(OSError, match="it took too long") as raised, own():
+        raise kind("it took too long")
+    assert (raised.value.errno in OF_DISKS, raised.value.filename) == (True, "path:model")
+
+
+def answered(status: int) -> HfHubHTTPError:
+    return HfHubHTTPError(f"status {status}", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+def after(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+class TransportError(Exception):
+    """As httpx calls it, whichever version of it the hub's library has."""
+
+
+class ConnectTimeout(TransportError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (answered(503), "status 503"), (answered(429), "status 429"), (ConnectTimeout(), "ConnectTimeout"),
+        (after(LocalEntryNotFoundError("cannot find the snapshot"), answered(500)), "status 500"),
+        (after(ConnectionError("could not reach it"), ConnectTimeout()), "ConnectTimeout"),
+        (TimeoutError("too late"), "too late"), (answered(404), None), (answered(401), None),
+        (after(ConnectionError("could not reach it"), OfflineModeIsEnabled("offline")), None),
+    ],
+)  # fmt: skip
+def test_a_hub_that_does_not_answer_is_no_mistake_of_the_user_s(
+    error: Exception, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told in words that name no disk, and one that says what is wrong is told to the user."""
+
+    def asked(*_: Any, **__: Any) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr("chainfed_ray.hub.snapshot_download", asked)
+    monkeypatch.setattr("datasets.load_dataset", asked)
+    for user in ("hub", "data.sources"):
+        monkeypatch.setattr(f"chainfed_ray.{user}.hub_is_reachable", lambda: True)
+    for read in (lambda: resolve("hf:org/x"), lambda: read_table("data.train", "hf:org/x", "train")):
+        if words is None:
+            with pytest.raises(InvalidJob):
+                read()
+            continue
+        with pytest.raises(HubAway) as away:
+            read()
+        copy = pickle.loads(pickle.dumps(away.value))
+        assert (copy.errno in OF_DISKS, what_fails(copy)) == (True, "the hub")
+        assert str(copy) == f"the hub does not answer ({words}): hf:org/x"
 
 
 def test_what_a_job_reads_can_be_tried(tmp_path: Path) -> None:

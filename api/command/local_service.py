@@ -192,21 +192,21 @@ class LocalService:
 
     def _wait_for_failure(self) -> str:
         """Watch the service, and tell what has failed."""
-        looked = answered = monotonic()
+        looked, unanswered = monotonic(), 0.0
         assert self._process, "it was started"
         assert self._ray, "and was ready"
         while not wait([self._process.sentinel], _LOOK_SECONDS):
-            if monotonic() - looked > PATIENCE_SECONDS:  # this process was stopped meanwhile, or the machine was
-                answered = monotonic()
+            # Of a longer time between two looks the rest counts nothing: this process was stopped, or the machine was.
+            unanswered += min(monotonic() - looked, 2 * _ANSWER_SECONDS)
             looked = monotonic()
             for said in self._said_of_ray():
                 self._ray.hear(said.hears_of_machine)
             if failure := self._ray.failure():
                 return failure
             if self._answers():
-                answered = monotonic()
-            elif monotonic() - answered > PATIENCE_SECONDS:
-                return f"it has not answered for {format_seconds(monotonic() - answered)}"
+                unanswered = 0.0
+            elif unanswered > PATIENCE_SECONDS:
+                return f"it has not answered for {format_seconds(unanswered)}"
         return "its process has ended"
 
     def _said_of_ray(self) -> Iterator[RayAnswered]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import NoReturn
 
 import psutil
@@ -23,6 +24,8 @@ from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.result import JobResult
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.spec.job import JobSpec
+
+_WORDS_SECONDS = 10.0  # to say why a run has ended
 
 
 def folder_of(out: Path, spec: JobSpec) -> Path:
@@ -70,18 +73,34 @@ def train(
     return started, rounds, finished, JobResult.of(spec.name, started, rounds, finished)
 
 
-def _end_at_once(job: str, as_json: bool, reason: str) -> NoReturn:
-    """End this process and all below it, since Ray has failed: another thread waits for it, and hears nothing any more."""
-    Console(stderr=True).show_cursor()  # which is hidden while progress is shown
-    kept = f"{reason}; what was committed before is kept, and the same command goes on from there"
-    error = JobFailed(job, "was ended", kept)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    if as_json:
-        answer(as_json, {"status": "failed", "error": error.document()})
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            process.kill()
-    os._exit(1)
+def _end_at_once(job: str, as_json: bool, reason: str) -> None:
+    """End this process and all below it, since Ray has failed: another thread waits for it, and hears nothing any more.
+
+    It says so, if anybody reads that: standard error may be closed, and a pipe may be full.
+    """
+    late = Timer(_WORDS_SECONDS, _kill_everything)
+    late.daemon = True
+    late.start()
+    try:
+        kept = f"{reason}; what was committed before is kept, and the same command goes on from there"
+        error = JobFailed(job, "was ended", kept)
+        with suppress(OSError, ValueError, AttributeError):
+            Console(stderr=True).show_cursor()  # which is hidden while progress is shown
+            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.flush()
+        if as_json:
+            answer(as_json, {"status": "failed", "error": error.document()})
+    finally:
+        _kill_everything()
+
+
+def _kill_everything() -> NoReturn:
+    try:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill()
+    finally:
+        os._exit(1)
 
 
 @contextmanager

@@ -109,9 +109,18 @@ def _text(body: bytes) -> str:
         raise HTTPException(400, "the body is not UTF-8") from None
 
 
-def _whole(written: str) -> int | str:
-    """A whole number. Of one with more digits than Python reads, its digits: whichever key has them says what it expects."""
-    return int(written) if len(written) <= _MOST_DIGITS else written
+class _ManyDigits:
+    """A whole number with more digits than Python reads. It is neither a number nor a text, so no key takes it."""
+
+    def __init__(self, written: str) -> None:
+        self._written = written
+
+    def __repr__(self) -> str:
+        return self._written
+
+
+def _whole(written: str) -> "int | _ManyDigits":
+    return int(written) if len(written) <= _MOST_DIGITS else _ManyDigits(written)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

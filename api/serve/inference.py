@@ -21,7 +21,7 @@ from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.cluster.tracing import begin_tracing, flush, open_span
 from chainfed_ray.device.memory_limit import machine_bytes
 from chainfed_ray.errors import ChainFedError, PartUnavailable
-from chainfed_ray.reading import trouble_behind
+from chainfed_ray.reading import HubAway, trouble_behind, what_fails
 from chainfed_ray.serving.messages import ModelKey, Piece, Prompt, Question, Sampling, Work, joined
 
 _log = logging.getLogger(__name__)
@@ -132,7 +132,8 @@ def _picklable(found: Any) -> Any:
         return found
     _log.error("a question was not answered", exc_info=found)
     if trouble := trouble_behind(found):
-        return PartUnavailable("the disk of the model", f"does not answer ({trouble.strerror})", _RETRY_SECONDS)
+        what = what_fails(trouble) if isinstance(trouble, HubAway) else "the disk of the model"
+        return PartUnavailable(what, f"does not answer ({trouble.strerror})", _RETRY_SECONDS)
     return RuntimeError(f"{type(found).__name__}: {found}")
 
 

@@ -15,7 +15,7 @@ from chainfed_ray.data.chats import chat
 from chainfed_ray.data.messages import Message
 from chainfed_ray.data.tables import FORMS, Table, from_arrow, read_path, read_upload, shown
 from chainfed_ray.errors import InvalidJob
-from chainfed_ray.hub import hub_is_reachable
+from chainfed_ray.hub import asking_the_hub, hub_is_reachable
 from chainfed_ray.problem import some_of
 from chainfed_ray.reading import OWN_UPLOAD, NotAllowed, check_repository, reading_from
 from chainfed_ray.spec.sections import DataSpec
@@ -303,6 +303,6 @@ def _read_hub(field: str, source: str, name: str, split: str, wanted: Collection
         reason = " ".join(str(error).split())
         return InvalidJob.at(field, source, f"a data set on the hub with a {split} split ({reason})")
 
-    with reading_from(source, refusal):
+    with reading_from(source, refusal), asking_the_hub():
         rows = datasets.load_dataset(repository, configuration or None, split=split, revision=revision or None)
         return from_arrow(rows.with_format("arrow")[:], wanted)

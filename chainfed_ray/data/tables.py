@@ -252,8 +252,8 @@ def _parquet(path: Path, wanted: Collection[str] | None) -> Table:
             if (twice := first_repeated(names)) is not None:
                 raise ValueError(f"a file that names each column once; {twice!r} is there twice")
             kept = [name for name in names if wanted is None or name in wanted]
-            # One after the other, since Arrow's form of each is needed no more.
-            read = [from_arrow(file.read(columns=[name])).columns for name in kept]
+            # One after the other, since Arrow's form of each is needed no more. For a name with a dot it gives parts of others.
+            read = [from_arrow(file.read(columns=[name]), {name}).columns for name in kept]
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the file's
             raise

@@ -22,7 +22,7 @@ from chainfed_ray.cluster.tracing import span
 from chainfed_ray.device.memory_limit import memory_limit
 from chainfed_ray.errors import InvalidJob, PartUnavailable, ServiceBusy
 from chainfed_ray.problem import Problem
-from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by, trouble_behind
+from chainfed_ray.reading import EVERYTHING, ReadingRules, reading_by, trouble_behind, what_fails
 from chainfed_ray.records.forecast import Forecast
 from chainfed_ray.spec.job import JobSpec
 
@@ -158,8 +158,9 @@ def _named(what: str, seconds: float) -> Iterator[None]:
         raise PartUnavailable(what, f"took longer than {seconds:g} s", _RETRY_SECONDS) from None
     except RayError as error:
         if isinstance(error, RayTaskError) and (trouble := trouble_behind(error.cause)):
-            disk = f"the disk with {trouble.filename}" if trouble.filename else "a disk that the job reads"
-            raise PartUnavailable(disk, f"does not answer ({trouble.strerror})", _RETRY_SECONDS) from error
+            raise PartUnavailable(
+                what_fails(trouble), f"does not answer ({trouble.strerror})", _RETRY_SECONDS
+            ) from error
         raise PartUnavailable(what, f"ended ({type(error).__name__})", _RETRY_SECONDS) from error
 
 

@@ -2,10 +2,9 @@
 
 import logging
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from errno import ENOTCONN
-from itertools import chain
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -35,12 +34,15 @@ from chainfed_ray.federation.run import MakeEvaluation, run_job
 from chainfed_ray.planning.sites import Sites
 from chainfed_ray.reading import (
     EVERYTHING,
+    NF4,
     OF_ABSENT_DISKS,
     OF_DISKS,
     OF_FULL_DISKS,
+    HubAway,
     ReadingRules,
     reading_by,
     trouble_behind,
+    try_its_disk,
     try_to_read,
 )
 from chainfed_ray.record import Record
@@ -52,9 +54,7 @@ from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 
 _BROKEN_TRIES = 8  # after so many without a round in between, where no other trouble of the disk is seen, a job fails
-_RETRY_SECONDS = (
-    5.0  # until a database, or a disk, is asked again; twice as long after each of those tries: 11 minutes in all
-)
+_RETRY_SECONDS = 5.0  # until a database or a disk is asked again
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def run_queued_job(
     If only a file of the job's does not work, try after try, it fails: it would hold a place that others could have. The job
     reads by the ``rules``, as it was checked, and the uploads of its tenant.
     """
-    tries = 0
+    tries = broken = 0
     newest: Event | None = None
     while True:
         try:
@@ -93,16 +93,18 @@ def run_queued_job(
                     reading_by(_rules_for(record, rules, storage)),
                 ):
                     trouble = _run(job, store, storage, make_pool, make_evaluation, sites, asked)
-                if trouble is None:
-                    continue
-                before, newest = newest, store.newest(job, "round")
-                passes = trouble.errno in (*OF_FULL_DISKS, *OF_ABSENT_DISKS)
-                own = not passes and _present_trouble(storage) is None
-                tries = tries + 1 if own and newest == before else 0
-                if tries >= _BROKEN_TRIES:
-                    fail(job, trouble, store, storage)
-                else:
-                    _wait_for_disk(job, trouble, store, storage, _RETRY_SECONDS * 2 ** max(tries - 1, 0))
+                    if trouble is None:
+                        continue
+                    before, newest = newest, store.newest(job, "round")
+                    stands = newest == before and _trouble_of_disks(storage, record.spec) is None
+                    passes = trouble.errno in (*OF_FULL_DISKS, *OF_ABSENT_DISKS)
+                    tries = tries + 1 if stands else 0
+                    broken = broken + 1 if stands and not passes else 0
+                    if broken >= _BROKEN_TRIES:
+                        fail(job, trouble, store, storage)
+                    else:
+                        seconds = _RETRY_SECONDS * 2 ** max(min(tries, _BROKEN_TRIES - 1) - 1, 0)
+                        _wait_for_disk(job, trouble, record.spec, store, storage, seconds)
         except NO_ANSWER as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
             sleep(_RETRY_SECONDS)
@@ -151,8 +153,9 @@ def _run(
     except SurveyStopped as error:
         _log.info("%s", error)
     except Exception as error:  # whatever it is, it made the job fail, and belongs on the job's record
-        if trouble := trouble_behind(error) or _present_trouble(storage, document):
-            return trouble
+        behind = trouble_behind(error) or _trouble_of_disks(storage, document) or _trouble_of_files(document)
+        if behind:
+            return behind
         _log.error("job %s failed: %s", job, "".join(traceback.format_exception(error)), extra=WITHHELD)
         log.failed(error)
         cause = _cause(error, storage.job(job))
@@ -180,38 +183,66 @@ def _clean_up(job: str, store: JobStore, storage: Storage) -> None:
     wait_for(once, job, store)
 
 
-def _present_trouble(storage: Storage, document: Mapping[str, Any] = {}) -> OSError | None:
-    """The trouble of a disk that there is now: of ours, or of one with what a job reads by its ``document``.
-
-    A client whose disk does not work sends no more than words, so the disks are tried.
-    """
+def _trouble_of_disks(storage: Storage, document: Mapping[str, Any]) -> OSError | None:
+    """The trouble of a disk that there is now: of ours, or of one with what a job reads by its ``document``."""
     try:
         storage.check()
     except OSError as trouble:
         return trouble
-    for source in chain.from_iterable(one.values() for one in document.values() if isinstance(one, dict)):
-        scheme, _, path = source.partition(":") if isinstance(source, str) else ("", "", "")
+    return _trouble(document, try_its_disk)
+
+
+def _trouble_of_files(document: Mapping[str, Any]) -> OSError | None:
+    """The same of what the job reads itself. A client whose disk does not work sends no more than words, so it is tried."""
+    return _trouble(document, try_to_read)
+
+
+def _trouble(document: Mapping[str, Any], try_: Callable[[Path, bool], None]) -> OSError | None:
+    sections = ((name, section) for name, section in document.items() if isinstance(section, dict))
+    for name, source in ((name, source) for name, section in sections for source in section.values()):
+        if not isinstance(source, str) or not source.startswith("path:"):
+            continue
         try:
-            if scheme == "path":
-                try_to_read(Path(path))
+            try_(Path(source.removeprefix("path:").removesuffix(NF4)), name == "model")
         except OSError as trouble:
             if trouble.errno in OF_DISKS:
+                trouble.filename = source
                 return trouble
         except ValueError:  # no path at all
             continue
     return None
 
 
-def _wait_for_disk(job: str, trouble: OSError, store: JobStore, storage: Storage, seconds: float) -> None:
-    """Wait until the disks work again. The job's caches, which may have filled one, are removed and made again later."""
+def _wait_for_disk(
+    job: str, trouble: OSError, document: Mapping[str, Any], store: JobStore, storage: Storage, seconds: float
+) -> None:
+    """Wait for so long, and until the disks work again; or until a trouble that could be seen is gone, or the job is to stop.
+
+    The job's caches, which may have filled a disk, are removed and made again later.
+    """
     storage.clear_scratch(job)
-    waiting: OSError | None = trouble
-    while waiting:
-        _log.warning("job %s waits for a disk: %s", job, waiting)
+    _log.warning("job %s waits: %s", job, trouble)
+    seen, left = False, seconds
+    while not _is_to_stop(job, store, storage):
+        what = "the hub" if isinstance(trouble, HubAway) else "a disk"
         with suppress(*NO_ANSWER):  # the database may be on the same disk
-            store.note_activity(job, Activity(what="waiting for a disk", note=str(waiting)))
-        sleep(seconds)
-        waiting = _present_trouble(storage)
+            store.note_activity(job, Activity(what=f"waiting for {what}", note=str(trouble)))
+        sleep(_RETRY_SECONDS)
+        left -= _RETRY_SECONDS
+        disks = _trouble_of_disks(storage, document)
+        present = disks or _trouble_of_files(document)
+        if disks is None and (left <= 0 or (seen and present is None)):
+            return
+        seen = seen or present is not None
+        trouble = present or trouble
+
+
+def _is_to_stop(job: str, store: JobStore, storage: Storage) -> bool:
+    """Whether a job is to pause or to be cancelled, or the service drains."""
+    with suppress(*NO_ANSWER):
+        status = store.get(job).status
+        return status == "pausing" or status not in AT_WORK or Drain(storage.root).has_begun()
+    return False
 
 
 def _train(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from threading import Event, Thread, Timer
+from threading import Event, Lock, Thread, Timer
 from time import monotonic
 
 import psutil
@@ -39,27 +39,29 @@ class RayWatch:
                 self._core[name] = psutil.Process(pid)
             except psutil.NoSuchProcess:
                 self._core[name] = None
-        self._looked = self._heard = monotonic()
+        self._looked = monotonic()
+        self._silent = 0.0
         self._hears_of_machine = True
 
     def hear(self, hears_of_machine: bool) -> None:
         """Note that Ray has answered, and what."""
         self._hears_of_machine = hears_of_machine
-        self._heard = monotonic()
+        self._silent = 0.0
 
     def failure(self) -> str | None:
-        """What has failed, if anything has. It is asked again and again: if not, this process was stopped, and Ray as well."""
+        """What has failed, if anything has. It is asked each second.
+
+        Time in which it was not asked counts little: this process was stopped, or had no processor, and so it may be with Ray.
+        """
         now = monotonic()
-        if now - self._looked > PATIENCE_SECONDS:
-            self._heard = now
+        self._silent += min(now - self._looked, 2 * _LOOK_SECONDS)
         self._looked = now
         for name, process in self._core.items():
             if process is None or not runs(process):
                 return f"Ray's {name} has ended"
         if not self._hears_of_machine:
             return "Ray's raylet does not answer Ray's GCS"
-        silent = now - self._heard
-        return f"Ray has not answered for {format_seconds(silent)}" if silent > PATIENCE_SECONDS else None
+        return f"Ray has not answered for {format_seconds(self._silent)}" if self._silent > PATIENCE_SECONDS else None
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def watching_ray(tell: Callable[[str], None], start: Callable[[], AbstractContex
 
 @contextmanager
 def _watching(tell: Callable[[str], None]) -> Iterator[None]:
-    watch, over = RayWatch(core_processes()), Event()
+    watch, over, telling = RayWatch(core_processes()), Event(), Lock()
 
     def ask() -> None:
         while not over.wait(ASK_SECONDS):
@@ -92,16 +94,19 @@ def _watching(tell: Callable[[str], None]) -> Iterator[None]:
 
     def look() -> None:
         while not over.wait(_LOOK_SECONDS):
-            if failure := watch.failure():
-                tell(failure)
-                return
+            failure = watch.failure()
+            with telling:  # what is done by now has not failed
+                if failure and not over.is_set():
+                    tell(failure)
+                    return
 
     for work in (ask, look):
         Thread(target=work, name="ray watch", daemon=True).start()
     try:
         yield
     finally:
-        over.set()
+        with telling:
+            over.set()
 
 
 def runs(process: psutil.Process) -> bool:

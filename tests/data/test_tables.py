@@ -281,6 +281,18 @@ def test_every_class_keeps_a_row_to_be_learnt_from(seed: int, tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("names", [["a", "a.b", "m", "m.list.element.role"], ["m.list.element.role", "m", "a.b", "a"]])
+def test_a_column_of_a_parquet_file_is_whole_whatever_others_are_called(names: list[str], tmp_path: Path) -> None:
+    """Arrow takes a name with a dot for a path as well."""
+    message = {"role": "user", "content": "x"}
+    row = {"a": {"b": 1, "c": "x"}, "a.b": "p", "m": [message], "m.list.element.role": "q"}
+    pq.write_table(pa.table({name: [row[name]] for name in names}), tmp_path / "rows.parquet")
+    for wanted in (None, *names):
+        table = read_path(tmp_path / "rows.parquet", wanted and {wanted})
+        kept = names if wanted is None else [wanted]
+        assert (table.names, table.columns) == (tuple(names), {name: [row[name]] for name in kept})
+
+
 def test_labels_of_a_large_parquet_file_are_kept_once(tmp_path: Path) -> None:
     """Of three million short rows they took as much memory as the texts."""
     count = 40_000

@@ -5,6 +5,7 @@ The service is one without Ray (``tests/without_ray.py``): the process that the 
 
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -119,6 +120,29 @@ def test_a_service_whose_ray_hangs_is_started_again(
         with pytest.raises(Enough):
             service.watch()
     assert heard[-2].startswith(f"The service has failed: {said}")
+
+
+@pytest.mark.slow
+def test_a_service_that_was_stopped_together_with_its_owner_has_not_failed(
+    settings: Settings, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It happens while a health check waits for its answer, which comes too late."""
+    stopped, looks = 0.0, 0
+
+    def answers(_: object) -> bool:
+        nonlocal stopped, looks
+        looks += 1
+        stopped += 48.0 if looks == 2 else 0
+        if looks == 3:
+            raise Enough
+        return looks == 1
+
+    with local_service(settings, "127.0.0.1", free_port("127.0.0.1")) as service:
+        monkeypatch.setattr(f"{LOCAL}.monotonic", lambda: monotonic() + stopped)
+        monkeypatch.setattr(type(service), "_answers", answers)
+        with pytest.raises(Enough):
+            service.watch()
+    assert not pauses
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "some.name"])

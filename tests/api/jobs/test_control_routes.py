@@ -185,6 +185,14 @@ def test_a_patch_of_any_depth_is_refused_in_words(client: TestClient, store: Job
     assert len(answer.text) < 10_000
 
 
+def test_a_number_in_a_patch_with_more_digits_than_python_reads_is_no_text(client: TestClient, store: JobStore) -> None:
+    job, patch = store.submit(SPEC).id, f'{{"data": {{"label": {"7" * 4001}}}}}'
+    refused = client.post(f"/v1/jobs/{job}/clone", content=patch, headers={"Content-Type": "application/json"})
+    assert refused.status_code == 422
+    (found,) = refused.json()["errors"]
+    assert (found["field"], found["value"][:3], found["expected"]) == ("data.label", "777", "a string")
+
+
 def test_what_was_done_to_a_deleted_job_stays_in_the_audit_log(storage: Storage, store: JobStore) -> None:
     keys, log = KeyStore(storage.database), AuditLog(storage.database)
     token = keys.make_key("alice", ["submit"]).token

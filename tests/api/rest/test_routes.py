@@ -368,13 +368,14 @@ def test_a_bad_job_is_refused_with_its_field(
 
 
 @pytest.mark.parametrize(
-    ("section", "key"), [("rounds", "total"), ("data", "max_length"), (None, "seed"), (None, "name")]
+    ("section", "key"),
+    [("rounds", "total"), ("data", "max_length"), ("data", "label"), (None, "seed"), (None, "name"), (None, "x")],
 )
 def test_a_number_of_more_digits_than_python_reads_is_refused_with_its_field(
     client: TestClient, document: dict[str, Any], section: str | None, key: str
 ) -> None:
     (document[section] if section else document)[key] = "in this place"
-    body = json.dumps(document).replace('"in this place"', "7" * 5000)
+    body = json.dumps(document).replace('"in this place"', "7" * 4001)
     refused = client.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
     assert refused.status_code == 422
     assert [found["field"] for found in refused.json()["errors"]] == [f"{section}.{key}" if section else key]

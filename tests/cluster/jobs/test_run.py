@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from errno import EHOSTDOWN, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ETIMEDOUT
+from errno import EHOSTDOWN, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE, ETIMEDOUT
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -26,7 +26,7 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import JobRecord, Status
 from chainfed_ray.errors import JobConflict, QuorumLost
 from chainfed_ray.federation.run import in_this_process
-from chainfed_ray.reading import EVERYTHING, ReadingRules
+from chainfed_ray.reading import EVERYTHING, HubAway, ReadingRules
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.secret import secret_path
 from chainfed_ray.spec.parse import parse_job
@@ -97,7 +97,7 @@ def test_clients_whose_disk_fails_are_waited_for(
 ) -> None:
     """They tell in words, so the disk is tried: here it fails for two more tries."""
     lost = QuorumLost("rounds 1 to 3", 2, {"phone-0": "OSError: no space left"})
-    checks = iter([None, FULL, FULL, FULL])
+    checks = iter([None, FULL, FULL, FULL, FULL])
 
     def check(_: Storage) -> None:
         if error := next(checks, None):
@@ -119,7 +119,8 @@ def test_so_are_clients_that_cannot_read_the_model(
     job = store.submit(parse_job(document)).id
     store.move(job, "running")
 
-    def try_to_read(path: Path) -> None:
+    def try_to_read(path: Path, of_model: bool) -> None:
+        assert of_model == (str(path) in document["model"]["base"])
         tried.append(f"path:{path}")
         if len(tried) == 1:
             raise OSError(ETIMEDOUT, "Connection timed out", str(path))
@@ -260,7 +261,7 @@ def test_a_file_that_alone_does_not_work_fails_its_job_after_some_tries(
     monkeypatch.setattr(f"{RUN}.run_job", raising(*[OSError(EIO, "Input/output error", "/data/jobs/x")] * 9))
     run_queued_job(job, storage, in_this_process)
     ended = store.get(job)
-    assert (ended.status, waited) == ("failed", [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0])
+    assert (ended.status, waited) == ("failed", [5.0] * ((5 + 10 + 20 + 40 + 80 + 160 + 320) // 5))
     assert ended.error is not None
     assert ended.error["message"] == "[Errno 5] Input/output error: '/data/jobs/x'"
 
@@ -271,9 +272,142 @@ def test_a_disk_that_is_full_or_away_is_waited_for_however_long(
     number: int, job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trouble = OSError(number, os.strerror(number), "/data/rows.csv")
-    monkeypatch.setattr(f"{RUN}.run_job", raising(*[trouble] * 20, ValueError("of the job")))
+    monkeypatch.setattr(f"{RUN}.run_job", raising(*[trouble] * 10, ValueError("of the job")))
     run_queued_job(job, storage, in_this_process)
-    assert len(waits) == 20
+    assert len(waits) == (5 + 10 + 20 + 40 + 80 + 160 + 4 * 320) // 5, (
+        "less and less often, where the disk seems to work"
+    )
+    assert store.get(job).error == OF_THE_JOB
+
+
+@pytest.fixture
+def reading(document: dict[str, Any], store: JobStore, tmp_path: Path) -> tuple[str, Path]:
+    """A job at work, and the file that it reads, in a folder of its own; and each time its coordinator gets EIO from it."""
+    rows = Path(document["data"]["train"].removeprefix("path:"))
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    document["data"] = {**document["data"], "train": f"path:{shutil.copy(rows, folder)}"}
+    job = store.submit(parse_job(document), reads_anything=True).id
+    store.move(job, "running")
+    return job, folder / rows.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [EIO, ESTALE, ETIMEDOUT])
+@pytest.mark.parametrize("by_root", [True, False])
+def test_a_job_waits_as_long_as_the_whole_disk_with_its_data_is_away(
+    by_root: bool,
+    number: int,
+    reading: tuple[str, Path],
+    storage: Storage,
+    store: JobStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (job, rows), scandir, waited = reading, os.scandir, list[float]()
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        assert str(rows) in str(store.get(job).activity)
+        if len(waited) == 200:
+            monkeypatch.setattr("os.scandir", scandir)
+
+    def away(path: Any = ".") -> Any:
+        if Path(path) == rows.parent:
+            raise OSError(number, os.strerror(number))
+        return scandir(path)
+
+    trouble = OSError(number, os.strerror(number), f"path:{rows}")
+    monkeypatch.setattr("os.scandir", away)
+    monkeypatch.setattr(f"{RUN}.sleep", wait)
+    monkeypatch.setattr(f"{RUN}.run_job", raising(trouble, ValueError("of the job")))
+    run_queued_job(job, storage, in_this_process, rules=ReadingRules((rows.parent,) if by_root else None))
+    assert (set(waited), len(waited)) == ({5.0}, 200), "it runs again once, when the disk is back"
+    assert store.get(job).error == OF_THE_JOB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_root", [True, False])
+def test_a_file_that_alone_is_broken_is_not_waited_for_without_an_end(
+    by_root: bool, reading: tuple[str, Path], storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job, rows), stat, waited = reading, os.stat, list[float]()
+
+    def broken(path: Any, *rest: Any, **more: Any) -> Any:
+        if isinstance(path, str | Path) and Path(path) == rows:
+            raise OSError(EIO, "Input/output error", str(rows))
+        return stat(path, *rest, **more)
+
+    monkeypatch.setattr("os.stat", broken)
+    monkeypatch.setattr(f"{RUN}.sleep", waited.append)
+    monkeypatch.setattr(f"{RUN}.run_job", raising(*[OSError(EIO, "Input/output error", f"path:{rows}")] * 8))
+    run_queued_job(job, storage, in_this_process, rules=ReadingRules((rows.parent,) if by_root else None))
+    assert (store.get(job).status, sum(waited)) == ("failed", 635)
+
+
+@pytest.mark.slow
+def test_a_file_that_is_back_is_noticed_within_seconds(
+    reading: tuple[str, Path], storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job, rows), waited, is_back = reading, list[float](), False
+
+    def try_to_read(path: Path, of_model: bool) -> None:
+        if path == rows and not is_back:
+            raise OSError(EIO, "Input/output error")
+
+    def wait(seconds: float) -> None:
+        nonlocal is_back
+        waited.append(seconds)
+        is_back = sum(waited) == 5 + 10 + 20 + 40 + 80 + 15
+
+    trouble = OSError(EIO, "Input/output error", f"path:{rows}")
+    monkeypatch.setattr(f"{RUN}.try_to_read", try_to_read)
+    monkeypatch.setattr(f"{RUN}.sleep", wait)
+    monkeypatch.setattr(f"{RUN}.run_job", raising(*[trouble] * 6, ValueError("of the job")))
+    run_queued_job(job, storage, in_this_process, rules=ReadingRules((rows.parent,)))
+    assert (store.get(job).error, sum(waited)) == (OF_THE_JOB, 170), "of the sixth wait, of 160 s, no more than 15"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk_works", [True, False])
+@pytest.mark.parametrize("asked", ["pausing", "cancelling", "drain"])
+def test_a_job_that_waits_for_a_disk_stops_within_seconds(
+    asked: Status | Literal["drain"],
+    disk_works: bool,
+    job: str,
+    storage: Storage,
+    store: JobStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited, check = list[float](), Storage.check
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if sum(waited) == 5 + 10 + 20 + 5 and not disk_works:
+            monkeypatch.setattr(Storage, "check", raising(*[FULL] * 99))
+        if sum(waited) == 5 + 10 + 20 + 15:
+            if asked == "drain":
+                Drain(storage.root).begin()
+            else:
+                store.move(job, asked)
+
+    monkeypatch.setattr(f"{RUN}.sleep", wait)
+    monkeypatch.setattr(f"{RUN}.run_job", raising(*[OSError(EIO, "Input/output error", "/data/jobs/x")] * 8))
+    run_queued_job(job, storage, in_this_process)
+    monkeypatch.setattr(Storage, "check", check)
+    assert sum(waited) == 50, "of the wait of 40 s, 15"
+    goes_on = {"pausing": "paused", "cancelling": "cancelling", "drain": "running"}
+    assert store.get(job).status == goes_on[asked]
+
+
+@pytest.mark.slow
+def test_the_hub_is_waited_for_and_named(
+    job: str, storage: Storage, store: JobStore, waits: list[JobRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = HubAway(ETIMEDOUT, "status 503", "hf:org/x")
+    monkeypatch.setattr(f"{RUN}.run_job", raising(*[away] * 9, ValueError("of the job")))
+    run_queued_job(job, storage, in_this_process)
+    said = {"what": "waiting for the hub", "note": "the hub does not answer (status 503): hf:org/x"}
+    assert all(record.activity is not None and said.items() <= record.activity.items() for record in waits)
     assert store.get(job).error == OF_THE_JOB
 
 

@@ -3,9 +3,8 @@
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Event
-from time import monotonic
+from contextlib import contextmanager, nullcontext
+from threading import Event, Thread, current_thread
 
 import pytest
 
@@ -27,13 +26,48 @@ def test_what_has_failed_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> No
         wait_for(watch.failure, "failure", 10)
         assert watch.failure() == "Ray's raylet has ended"
     assert RayWatch({"raylet": raylet.pid}).failure() == "Ray's raylet has ended"
-    silent = RayWatch({})
-    monkeypatch.setattr(f"{WATCH}.monotonic", lambda: monotonic() + 40)
-    assert silent.failure() is None
-    monkeypatch.setattr(f"{WATCH}.monotonic", lambda: monotonic() + 80)
-    assert str(silent.failure()).startswith("Ray has not answered for 1m 2")
-    monkeypatch.setattr(f"{WATCH}.monotonic", lambda: monotonic() + 1000)
-    assert silent.failure() is None, "nobody has asked for so long: this process was stopped, and Ray with it"
+
+
+def test_silence_counts_by_looks_and_not_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process may be stopped, or have no processor, and so may Ray."""
+    now = 0.0
+    monkeypatch.setattr(f"{WATCH}.monotonic", lambda: now)
+    watch = RayWatch({})
+
+    def told(seconds: float) -> str | None:
+        nonlocal now
+        now += seconds
+        return watch.failure()
+
+    assert [told(1) for _ in range(5)] == [None] * 5
+    assert [told(seconds) for seconds in (44, 1, 1, 1000, 44, 1)] == [None] * 6, "nobody asked all the while"
+    watch.hear(True)
+    assert [told(1) for _ in range(45)] == [None] * 45
+    assert told(1) == "Ray has not answered for 46s"
+    watch.hear(True)
+    assert told(1) is None
+
+
+def test_what_is_done_is_not_told_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look may take until after the end, which ends Ray."""
+    asked, ended = Event(), Event()
+    told, threads = list[str](), list[Thread]()
+
+    def failure(_: RayWatch) -> str:
+        threads.append(current_thread())
+        asked.set()
+        assert ended.wait(10)
+        return "Ray's raylet has ended"
+
+    monkeypatch.setattr(f"{WATCH}.core_processes", dict)
+    monkeypatch.setattr(f"{WATCH}.hears_of_machine", lambda: True)
+    monkeypatch.setattr(f"{WATCH}._LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(RayWatch, "failure", failure)
+    with watching_ray(told.append, nullcontext):
+        assert asked.wait(10)
+    ended.set()
+    threads[0].join(10)
+    assert not told
 
 
 @pytest.mark.parametrize("when", ["meanwhile", "at the end"])
