@@ -16,25 +16,31 @@ _FEWER = (
     "update job_counts set jobs = jobs - 1 where old.deleted_at is null and tenant = old.tenant and status = old.status"
 )
 _CHANGED = "(old.tenant, old.status, old.deleted_at is null) <> (new.tenant, new.status, new.deleted_at is null)"
-KEEP = {
-    "sqlite": (
-        f"create trigger jobs_added after insert on jobs begin {_MORE}; end",
-        f"create trigger jobs_moved after update of tenant, status, deleted_at on jobs when {_CHANGED} "
-        f"begin {_FEWER}; {_MORE}; end",
-        f"create trigger jobs_removed after delete on jobs begin {_FEWER}; end",
-    ),
-    # Two that move jobs at the same time change the counts in the same order, so neither waits for the other in a circle.
-    "postgresql": (
-        "create or replace function count_jobs() returns trigger language plpgsql as $$ begin "
-        f"if tg_op = 'INSERT' then {_MORE}; "
-        f"elsif tg_op = 'DELETE' then {_FEWER}; "
-        f"elsif not {_CHANGED} then null; "
-        f"elsif (old.tenant, old.status) < (new.tenant, new.status) then {_FEWER}; {_MORE}; "
-        f"else {_MORE}; {_FEWER}; end if; return null; end $$",
-        "create trigger jobs_counted after insert or delete or update of tenant, status, deleted_at on jobs "
-        "for each row execute function count_jobs()",
-    ),
-}
+
+
+def keeping(more: str, fewer: str, changed: str, columns: str) -> dict[str, tuple[str, ...]]:
+    """The triggers of each database that keep what is counted of the jobs, if their ``columns`` have ``changed``."""
+    return {
+        "sqlite": (
+            f"create trigger jobs_added after insert on jobs begin {more}; end",
+            f"create trigger jobs_moved after update of {columns} on jobs when {changed} begin {fewer}; {more}; end",
+            f"create trigger jobs_removed after delete on jobs begin {fewer}; end",
+        ),
+        # Two that move jobs at the same time change the counts in the same order, so neither waits for the other in a circle.
+        "postgresql": (
+            "create or replace function count_jobs() returns trigger language plpgsql as $$ begin "
+            f"if tg_op = 'INSERT' then {more}; "
+            f"elsif tg_op = 'DELETE' then {fewer}; "
+            f"elsif not {changed} then null; "
+            f"elsif (old.tenant, old.status) < (new.tenant, new.status) then {fewer}; {more}; "
+            f"else {more}; {fewer}; end if; return null; end $$",
+            f"create trigger jobs_counted after insert or delete or update of {columns} on jobs "
+            "for each row execute function count_jobs()",
+        ),
+    }
+
+
+KEEP = keeping(_MORE, _FEWER, _CHANGED, "tenant, status, deleted_at")
 STOP = {
     "sqlite": ("drop trigger jobs_added", "drop trigger jobs_moved", "drop trigger jobs_removed"),
     "postgresql": ("drop trigger jobs_counted on jobs", "drop function count_jobs()"),

@@ -6,7 +6,7 @@ Triggers keep it, as they keep the counts.
 import sqlalchemy as sa
 from alembic import op
 
-from chainfed_ray.cluster.migrations.versions.r0003_counts import KEEP, STOP
+from chainfed_ray.cluster.migrations.versions.r0003_counts import KEEP, STOP, keeping
 
 revision, down_revision = "0005", "0004"
 
@@ -23,28 +23,10 @@ _CHANGED = (
     "(old.tenant, old.status, old.deleted_at is null, coalesce(old.kept_bytes, 0)) <> "
     "(new.tenant, new.status, new.deleted_at is null, coalesce(new.kept_bytes, 0))"
 )
-_COLUMNS = "tenant, status, deleted_at, kept_bytes"
 # Who changes a job locks its row, and then its count by a trigger. To wait for those first, and let no other in, keeps
 # changes of tables out of a circle, and no bytes are noted between the sums and the triggers that keep them.
 _ALONE = {"postgresql": ("lock table jobs in access exclusive mode",)}
-_KEEP = {
-    "sqlite": (
-        f"create trigger jobs_added after insert on jobs begin {_MORE}; end",
-        f"create trigger jobs_moved after update of {_COLUMNS} on jobs when {_CHANGED} begin {_FEWER}; {_MORE}; end",
-        f"create trigger jobs_removed after delete on jobs begin {_FEWER}; end",
-    ),
-    # Two that move jobs at the same time change the counts in the same order, so neither waits for the other in a circle.
-    "postgresql": (
-        "create or replace function count_jobs() returns trigger language plpgsql as $$ begin "
-        f"if tg_op = 'INSERT' then {_MORE}; "
-        f"elsif tg_op = 'DELETE' then {_FEWER}; "
-        f"elsif not {_CHANGED} then null; "
-        f"elsif (old.tenant, old.status) < (new.tenant, new.status) then {_FEWER}; {_MORE}; "
-        f"else {_MORE}; {_FEWER}; end if; return null; end $$",
-        f"create trigger jobs_counted after insert or delete or update of {_COLUMNS} on jobs "
-        "for each row execute function count_jobs()",
-    ),
-}
+_KEEP = keeping(_MORE, _FEWER, _CHANGED, "tenant, status, deleted_at, kept_bytes")
 
 
 def upgrade() -> None:

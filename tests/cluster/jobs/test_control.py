@@ -493,11 +493,9 @@ def test_an_alias_of_a_job_that_is_deleted_meanwhile_is_refused(store: JobStore)
     assert store.aliases.all() == {}
 
 
-def test_an_alias_that_is_made_while_its_job_is_deleted_keeps_the_job(
-    store: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, mark = served(store), Deletions.mark
-    later = [lambda: store.aliases.set("support", {SPEC.model_name: 1.0}, [job])]
+def before_a_mark(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Let ``act`` happen once, between what the next deletion looks at and the mark that it makes."""
+    later, mark = [act], Deletions.mark
 
     def after_another(self: Deletions, *given: Any) -> bool:
         while later:
@@ -505,6 +503,13 @@ def test_an_alias_that_is_made_while_its_job_is_deleted_keeps_the_job(
         return mark(self, *given)
 
     monkeypatch.setattr(Deletions, "mark", after_another)
+
+
+def test_an_alias_that_is_made_while_its_job_is_deleted_keeps_the_job(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = served(store)
+    before_a_mark(monkeypatch, lambda: store.aliases.set("support", {SPEC.model_name: 1.0}, [job]))
     with pytest.raises(JobConflict, match="the alias support stands for its model"):
         delete(store, job)
     assert store.model(SPEC.model_name)
@@ -537,18 +542,11 @@ def test_a_job_whose_document_cannot_be_read_is_deleted_whatever_its_base_model(
 def test_of_the_last_two_jobs_on_a_base_model_with_an_alias_one_stays(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second, mark = served(store), served(store, None), Deletions.mark
+    first, second = served(store), served(store, None)
     training = store.submit(SPEC).id  # which may fail
     store.move(training, "running")
     store.aliases.set("support", {SPEC.model_name.partition(":")[0]: 1.0}, [first])
-    later = [lambda: delete(store, second)]
-
-    def after_another(self: Deletions, *given: Any) -> bool:
-        while later:
-            later.pop()()
-        return mark(self, *given)
-
-    monkeypatch.setattr(Deletions, "mark", after_another)
+    before_a_mark(monkeypatch, lambda: delete(store, second))
     with pytest.raises(JobConflict, match="the alias support stands for its model"):
         delete(store, first)
     assert [job.id for job in store.page()] == [training, first]
