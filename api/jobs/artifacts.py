@@ -17,8 +17,8 @@ from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Jobs, WithService
 from chainfed_ray.cluster.files.artifacts import artifact, names_of
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.tables import FINISHED
 from chainfed_ray.errors import ArtifactNotFound
+from chainfed_ray.records.states import FINISHED
 
 router = APIRouter(prefix="/v1/jobs", tags=["artifacts"], route_class=StrictRoute)
 

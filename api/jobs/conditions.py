@@ -5,7 +5,8 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, Field
 
-from chainfed_ray.cluster.tables import FINISHED, Event, Status
+from chainfed_ray.cluster.tables import Event
+from chainfed_ray.records.states import FINISHED, Status
 
 ConditionType = Literal["Validated", "Running", "Paused", "Finished"]
 Truth = Literal["True", "False", "Unknown"]

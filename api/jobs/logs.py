@@ -13,7 +13,8 @@ from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.files.job_log import LOG, LogLine, page_of
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.tables import FINISHED, JobRecord
+from chainfed_ray.cluster.tables import JobRecord
+from chainfed_ray.records.states import FINISHED
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=StrictRoute)
 

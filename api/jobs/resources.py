@@ -10,9 +10,10 @@ from chainfed_ray.activity import Activity
 from chainfed_ray.api.jobs.conditions import CHANGES, Condition, conditions
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.lines import JobLine
-from chainfed_ray.cluster.tables import Event, JobRecord, Status, moment
+from chainfed_ray.cluster.tables import Event, JobRecord, moment
 from chainfed_ray.records.fleet import AdmittedClients, FleetClient, LateSite, Weights, late_clients
 from chainfed_ray.records.rounds import JobStarted, Round, Turn
+from chainfed_ray.records.states import Status
 
 _TIMED_ROUNDS = 5  # the newest ones, whose time tells how long others take
 

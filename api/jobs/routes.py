@@ -15,9 +15,9 @@ from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, wh
 from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.pages import Place
-from chainfed_ray.cluster.tables import Status
 from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
+from chainfed_ray.records.states import Status
 from chainfed_ray.spec.job import JobSpec
 
 router = APIRouter(prefix="/v1", tags=["jobs"], route_class=StrictRoute)

@@ -17,8 +17,8 @@ from chainfed_ray.api.rest.schemas import Health
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.totals import JobTotals, TotalsOfJobs
-from chainfed_ray.cluster.tables import AT_WORK, FINISHED, Status
 from chainfed_ray.records.rounds import Evaluation
+from chainfed_ray.records.states import AT_WORK, FINISHED, Status
 
 router = APIRouter(tags=["health"], route_class=StrictRoute)
 

@@ -26,8 +26,8 @@ from chainfed_ray.cluster.resources import controller_options, coordinator_optio
 from chainfed_ray.cluster.scratch import Occupants, delete_everywhere, on_every_machine
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import log_as_asked
-from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.cluster.tracing import begin_tracing
+from chainfed_ray.records.states import AT_WORK
 
 NAMESPACE = "chainfed"
 _CONTROLLER, _COORDINATOR = "controller", "coordinator-"

@@ -7,8 +7,9 @@ from typing import Any, get_args
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.tables import AT_WORK, EventRow, JobRow, Latest, Status
+from chainfed_ray.cluster.tables import EventRow, JobRow, Latest
 from chainfed_ray.errors import PreconditionFailed
+from chainfed_ray.records.states import AT_WORK, Status
 
 _STATES = get_args(Status)
 
