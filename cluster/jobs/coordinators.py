@@ -60,9 +60,10 @@ class CoordinatorActor:
 
         load_models()
         from chainfed_ray.cluster.jobs.run import publish_unmet, run_queued_job
-        from chainfed_ray.cluster.offload.engine import server_evaluation
+        from chainfed_ray.cluster.offload.engine import offloaded
         from chainfed_ray.cluster.pool.ray_pool import RayPool
         from chainfed_ray.cluster.sites.desk import Desk
+        from chainfed_ray.federation.evaluation import server_evaluation
 
         desk, tell = Desk(job, settings.storage), partial(publish_unmet, job, settings.storage)
         try:
@@ -77,7 +78,7 @@ class CoordinatorActor:
                     at_site=desk.lease,
                     tell=tell,
                 ),
-                server_evaluation,
+                partial(server_evaluation, offloaded=offloaded),
                 desk,
                 rules=settings.reading,
             )
