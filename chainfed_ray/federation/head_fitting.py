@@ -11,9 +11,10 @@ from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
 from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.aggregation.checks import check_claims, check_update
-from chainfed_ray.aggregation.discriminant import TEMPERATURES, ClassSums, candidates, fitted, largest
+from chainfed_ray.aggregation.discriminant import candidates, fitted
 from chainfed_ray.aggregation.fixed_point import FixedPoint, FixedPointSums
 from chainfed_ray.chain import Window
+from chainfed_ray.client.head_sums import TEMPERATURES, ClassSums, largest
 from chainfed_ray.client.messages import CANDIDATE, Calibrating, Client, Fitting, HeadLosses, HeadSums, TurnResult
 from chainfed_ray.client.pool import ClientPool, Failure, Outcome, as_they_come, in_order
 from chainfed_ray.data.examples import most_held_out

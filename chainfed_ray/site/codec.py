@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from chainfed_ray.aggregation.privacy import ClientPrivacy, Noise
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.cache_folder import writing
@@ -37,6 +36,7 @@ from chainfed_ray.client.messages import (
     TurnResult,
     Update,
 )
+from chainfed_ray.client.privacy import ClientPrivacy, Noise
 from chainfed_ray.client.survey import ClientSurvey, SiteRows, Survey
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
 from chainfed_ray.errors import InvalidUpdate

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import cross_entropy, layer_norm
 
-from chainfed_ray.aggregation.discriminant import ClassSums, discriminant, fitted
+from chainfed_ray.aggregation.discriminant import discriminant, fitted
 from chainfed_ray.chain import Window
+from chainfed_ray.client.head_sums import ClassSums
 from chainfed_ray.client.messages import Fitting, HeadSums
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.turn import take_turn

@@ -14,19 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from chainfed_ray.aggregation.privacy import (
-    CHUNK,
-    ClientPrivacy,
-    Noise,
-    PrivateMean,
-    client_privacy,
-    clip_factor,
-    private_mean,
-    sampling_seed,
-)
+from chainfed_ray.aggregation.privacy import PrivateMean, client_privacy, private_mean, sampling_seed
 from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.api.report.results import results
 from chainfed_ray.chain import Window
+from chainfed_ray.client.privacy import CHUNK, ClientPrivacy, Noise, clip_factor
 from chainfed_ray.errors import CorruptCommit, InvalidJob
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.records.commit_log import CommitLog

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray.aggregation.discriminant import TEMPERATURES
+from chainfed_ray.client.head_sums import TEMPERATURES
 from chainfed_ray.client.messages import Evaluating, HeadLosses, Metrics
 from chainfed_ray.client.pool import Outcome
 from chainfed_ray.data.examples import most_held_out, splits_of_site

@@ -19,8 +19,9 @@ from torch.nn.functional import layer_norm
 from transformers import AutoTokenizer
 
 from chainfed_ray.activity import SILENT, Activity, Listener, no_listener
-from chainfed_ray.aggregation.discriminant import ClassSums, candidates, grid_losses
+from chainfed_ray.aggregation.discriminant import candidates
 from chainfed_ray.chain import Window
+from chainfed_ray.client.head_sums import ClassSums, grid_losses
 from chainfed_ray.client.messages import Update
 from chainfed_ray.client.survey import Absence, Survey
 from chainfed_ray.cluster.jobs.store import JobStore
