@@ -25,7 +25,8 @@ import pytest
 import torch
 
 from chainfed_ray.model.source import ModelSource
-from chainfed_ray.cluster.pool.actors import ready
+import chainfed_ray.cluster.pool.actors
+from chainfed_ray.client.turn import ready
 
 ready(ModelSource(Path(sys.argv[1]), torch.float32, Path(sys.argv[2])))
 print(*sys.modules)

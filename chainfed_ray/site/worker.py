@@ -25,11 +25,10 @@ from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client, Evaluating, Training, TurnOrder
 from chainfed_ray.client.progress import progress
 from chainfed_ray.client.survey import ClientSurvey, Survey
-from chainfed_ray.client.turn import take_turn, warm_up
+from chainfed_ray.client.turn import ready, take_turn
 from chainfed_ray.data.examples import examples_of_site, rows_of_site, splits_of_site
 from chainfed_ray.data.sources import Split
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.errors import BudgetExceeded, InvalidJob
 from chainfed_ray.hub import digest_of, tokenizer
 from chainfed_ray.model.adapters import AdapterStack
@@ -225,8 +224,7 @@ class Worker:
         if job.has_changed(data):
             return NotDone(reason="changed")
         if job.source.dtype not in self._warm:
-            load_models()
-            warm_up(job.source)
+            ready(job.source)
             self._warm.add(job.source.dtype)
         if order.kind in ("evaluating", "calibrating"):
             turn = turn_of(order, tensors)
