@@ -117,6 +117,14 @@ def grid_losses(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) 
     return losses, int((logits.argmax(1) == labels).sum())
 
 
+def sums_bytes(order: Fitting) -> int:
+    """The bytes of the sums of a head that is fitted: counts [C], sums [C, F] and products [F, F] in float64."""
+    stack = AdapterStack.from_tensors(order.tensors)
+    assert stack.head is not None, "a language model's head is never fitted"
+    classes, features = stack.head.linear.out_features, stack.head.features(order.exit)
+    return 8 * (classes + classes * features + features * features)
+
+
 @torch.no_grad()
 def sum_features(client: Client, blocks: Blocks, scratch: Path, order: Fitting) -> HeadSums:
     """The sums over all examples of the client.

@@ -38,12 +38,12 @@ from chainfed_ray.planning.admission import Planner, requirements_of
 from chainfed_ray.planning.base_model import check_texts
 from chainfed_ray.planning.candidates import Candidate
 from chainfed_ray.reading import OF_DISKS
-from chainfed_ray.site.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
-from chainfed_ray.site.envelope import Answer, Done, HashedFile, JobDocument, NotDone, Order, phase_of
 from chainfed_ray.site.evaluation import evaluated_by
 from chainfed_ray.site.folder import offered
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
+from chainfed_ray.wire.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
+from chainfed_ray.wire.envelope import Answer, Done, HashedFile, JobDocument, NotDone, Order, phase_of
 
 SplitName = Literal["train", "validation", "test"]
 _HEARTBEAT_SECONDS = 1.0
