@@ -250,13 +250,12 @@ class FederatedEvaluation:
         self, stack: AdapterStack, window: Window, rows: Literal["validation", "test"]
     ) -> tuple[ScoreSums, dict[str, Metrics]]:
         """The sums over all clients that answered, and the answer of each, in their order."""
-        clients, order = self._job.clients, Evaluating(stack.tensors(), window, rows)
+        spec, clients, order = self._job.spec, self._job.clients, Evaluating(stack.tensors(), window, rows)
         reporter = Reporter(f"evaluating at sites ({rows})", self._listen)
-        deadline = self._job.spec.rounds.deadline
-        outcomes = reporter.each(self._pool.run(clients, order, deadline), len(clients), "clients")
+        outcomes = reporter.each(self._pool.run(clients, order, spec.rounds.deadline), len(clients), "clients")
         found: dict[str, Metrics] = {}
         for place, result in in_order(outcomes, len(clients)):
-            most = most_held_out(self._job.spec, clients[place].counts)
+            most = most_held_out(spec.model, spec.data, clients[place].counts)
             if isinstance(result, Metrics) and _is_possible(result, self._job.class_count, most):
                 found[clients[place].name] = result
         return ScoreSums.total((_sums_of(one) for one in found.values()), self._job.class_count), found

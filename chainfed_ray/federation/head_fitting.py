@@ -169,7 +169,7 @@ def _head_by_sites(
     order = Calibrating({**tensors, **sent}, window)
     outcomes = pool.run(clients, order, deadline_of_all(job, len(clients))) if found else ()
     for place, result in in_order(outcomes, len(clients) if found else 0):
-        most = most_held_out(job.spec, clients[place].counts)
+        most = most_held_out(job.spec.model, job.spec.data, clients[place].counts)
         if isinstance(result, HeadLosses) and is_possible(result, len(found), most):
             losses += torch.tensor(result.losses, dtype=torch.float64)
             correct += torch.tensor(result.correct)

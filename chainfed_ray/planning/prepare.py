@@ -186,7 +186,7 @@ def plan_job(
     manifest = manifest_of(spec.data, spec.fleet.partition, spec.seed, examples.corpus, partitions, rule)
 
     # 5. Plan which clients can take part, and how.
-    planner = Planner(model.memory, requirements_of(spec, layers))
+    planner = Planner(model.memory, requirements_of(spec.chain, spec.rounds, spec.lowest_start(layers)))
     admission = admit(planner, everybody, spec.window(layers), listen)
     return PlannedJob(
         spec=spec,

@@ -75,7 +75,8 @@ class RowsOfJob:
         labels = sorted(set(self._rows(data).labels))
         found = Survey(tuple(self._survey(data, part, labels) for part in range(self._parts)))
         with closing(Blocks(self.source.folder, self.source.dtype)) as blocks:
-            check_texts(self.spec, blocks, (self._tokens(data, part, "train")[1] for part in range(self._parts)))
+            texts = (self._tokens(data, part, "train")[1] for part in range(self._parts))
+            check_texts(self.spec.model, self.spec.data, blocks, texts)
         self._told(data).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._told(data).write_text(self._digest(data))
         return found
@@ -126,7 +127,7 @@ class RowsOfJob:
         """
         assert isinstance(turn, Training), "the order is one of training"
         start = min(AdapterStack.from_tensors(turn.tensors).layers)
-        planner = Planner(memory, requirements_of(self.spec, memory.layers)).starting_at(start)
+        planner = Planner(memory, requirements_of(self.spec.chain, self.spec.rounds, start))
         own = next(group for group in self.spec.fleet.clients if group.name == client.client_class)
         candidate = Candidate(client.name, own.name, client.examples, client.budget_bytes, own.disk, rank=own.rank)
         plans = planner.plan(candidate, turn.window), planner.fallback_plan(candidate, turn.window)
@@ -159,11 +160,12 @@ class RowsOfJob:
         own = rows.take(np.arange(part, len(rows), self._parts))
         if not len(own):
             raise InvalidJob.at("fleet.clients.data", data, f"{self._parts} rows or more, one for each client")
-        chosen: Split = getattr(splits_of_site(self.spec, own), split)
-        return chosen.labels, examples_of_site(self.spec, self._tokenizer, chosen)
+        spec = self.spec
+        chosen: Split = getattr(splits_of_site(spec.evaluation, spec.seed, own), split)
+        return chosen.labels, examples_of_site(spec.model, spec.data, spec.evaluation, self._tokenizer, chosen)
 
     def _read(self, data: str) -> Split:
-        return rows_of_site(self.spec, f"path:{offered(self._folder, data)}")
+        return rows_of_site(self.spec.model, self.spec.data, f"path:{offered(self._folder, data)}")
 
 
 class Worker:
