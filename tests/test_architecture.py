@@ -294,6 +294,18 @@ def test_the_map_gives_every_file_a_duty() -> None:
             assert path.stem == "__init__" or f" {name} " in duties, name
 
 
+def test_the_picture_has_every_room_on_its_floor() -> None:
+    picture = (ROOT / "ARCHITECTURE.md").read_text().partition("how you ask for it\n")[2].partition("\nFrom below")[0]
+    floor, drawn = 0, set[tuple[int, str]]()
+    for line in picture.splitlines():
+        words = line.replace("·", " ").split()
+        if words and words[0].isdigit():
+            floor = int(words.pop(0))
+        drawn |= {(floor, word) for word in words}
+    for number, rooms in enumerate(FLOORS, 1):
+        assert {(number, room.rpartition(".")[2]) for room in rooms} <= drawn
+
+
 def test_every_key_of_a_job_is_documented() -> None:
     documented = (ROOT / "docs" / "jobs.md").read_text()
     for path in keys(JobSpec):
