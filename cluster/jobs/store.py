@@ -31,7 +31,7 @@ from chainfed_ray.cluster.files.upload_sources import hold_uploads
 from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
-from chainfed_ray.cluster.queries.events import append_event, check_revision, latest_of, revision_of
+from chainfed_ray.cluster.queries.events import append_event, check_revision, latest_of, lock_job, revision_of
 from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
 from chainfed_ray.cluster.queries.newest_models import NewestModels
 from chainfed_ray.cluster.queries.pages import Label, Place, page_of
@@ -333,17 +333,16 @@ class JobStore:
             check_revision(session, job, self._revisions)
 
     def count_restart(self, job: str) -> int:
-        """Count a restart of the job's coordinator. Returns how many there were since the last finished round."""
+        """Count a restart of the job's coordinator. Returns how many there were since the last round; 0 if the job is gone."""
         with Session(self._engine) as session, session.begin():
             session.execute(update(JobRow).where(JobRow.id == job).values(restarts=JobRow.restarts + 1))
-            return session.scalars(select(JobRow.restarts).where(JobRow.id == job)).one()
+            return session.scalar(select(JobRow.restarts).where(JobRow.id == job)) or 0
 
     def publish(self, job: str, key: str, kind: str, data: dict[str, Any]) -> None:
-        """Append an event, unless the job has one with this ``key``."""
+        """Append an event, unless the job has one with this ``key``, or is deleted, of which its process may not have heard."""
+        told = select(EventRow.seq).where(EventRow.job == job, EventRow.key == key)
         with Session(self._engine) as session, session.begin():
-            # Write first, to lock the job's row (on SQLite, the database): no other process may number an event meanwhile.
-            session.execute(update(JobRow).where(JobRow.id == job).values(restarts=JobRow.restarts))
-            if session.scalar(select(EventRow.seq).where(EventRow.job == job, EventRow.key == key)) is None:
+            if lock_job(session, job) and session.scalar(told) is None:
                 append_event(session, job, key, kind, moment(), data)
                 session.execute(update(JobRow).where(JobRow.id == job).values(restarts=0))
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,48 @@ def test_an_event_is_told_once_whoever_tells_it(store: JobStore, database: str) 
     told = store.events(job, after=1)
     assert [event.seq for event in told] == list(range(2, 12))
     assert sorted(event.data["index"] for event in told) == list(range(10))
+
+
+@pytest.mark.slow
+def test_an_event_of_a_job_that_is_deleted_is_dropped(store: JobStore) -> None:
+    """Who publishes it has not heard of that yet."""
+    job, other = (store.submit(SPEC).id for _ in range(2))
+    store.move(job, "cancelled")
+    delete(store, job)
+    for leave in (lambda: None, lambda: store.deletions.purge(job)):
+        leave()
+        store.publish(job, "round-0", "round", {"index": 0})
+        assert store.latest([job]) == {}
+        assert store.of_kind(job, "round") == []
+    assert store.count_restart(job) == 0
+    assert [event.kind for event in store.events(other)] == ["queued"]
+
+
+@pytest.mark.slow
+def test_events_and_the_deletion_of_their_job_do_not_meet(store: JobStore, database: str) -> None:
+    jobs = [store.submit(SPEC).id for _ in range(8)]
+    for job in jobs:
+        store.move(job, "cancelled")
+
+    def publish(number: int) -> None:
+        with closing(JobStore(database)) as mine:
+            for index in range(64):
+                mine.publish(jobs[index // 8], f"round-{number}-{index}", "round", {})
+                mine.note_activity(jobs[index // 8], Activity(what="training"))
+
+    def remove(_: int) -> None:
+        with closing(JobStore(database)) as mine:
+            for job in jobs:
+                with suppress(JobNotFound, JobConflict):  # the other one was faster
+                    delete(mine, job)
+                for marked in mine.deletions.marked(9):
+                    mine.deletions.purge(marked)
+
+    with ThreadPoolExecutor(5) as threads:
+        done = [threads.submit(publish, number) for number in range(3)] + [threads.submit(remove, 0) for _ in "ab"]
+        for one in done:
+            one.result()
+    assert (store.page(), store.deletions.marked(9), store.latest(jobs)) == ([], [], {})
 
 
 @pytest.mark.slow
