@@ -110,15 +110,16 @@ class JobStore:
         request_key: str | None = None,
         reads_anything: bool = True,
         most_queued: int | None = None,
+        most_stored: int | None = None,
     ) -> JobRecord:
         """Queue a job. If an earlier call had the same ``request_key``, return the job that it queued instead.
 
-        See ``JobRecord`` for ``reads_anything``. The tenant may have ``most_queued`` jobs in the queue.
+        See ``JobRecord`` for ``reads_anything``. The tenant may have ``most_queued`` queued jobs, and ``most_stored`` bytes.
 
         Raises:
             InvalidJob: it names an upload that is not the tenant's, or not complete.
             JobConflict: the earlier call had another specification.
-            LimitReached: the tenant has as many jobs in the queue as it may.
+            LimitReached: the tenant has as many jobs in the queue, or bytes, as it may.
         """
         document, key = spec.document(), request_key
         if key is not None and self._view.tenant != DEFAULT_TENANT:
@@ -143,6 +144,7 @@ class JobStore:
                 session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 hold_uploads(session, row.tenant, document)
                 check_queue(session, row.tenant, most_queued)
+                check_kept(session, row.tenant, most_stored)
                 append_event(session, row.id, "queued", "queued", row.submitted_at, carried())
                 return self._record(row)
         except IntegrityError:

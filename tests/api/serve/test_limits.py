@@ -10,6 +10,7 @@ from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
+from chainfed_ray.cluster.files.kept_bytes import KeptBytes
 from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -185,6 +186,31 @@ def test_a_tenant_whose_jobs_fill_its_bytes_gets_no_more_until_one_is_deleted(
     assert client.post("/v1/uploads", json=upload, headers=alice).status_code == 201
     assert client.post("/v1/jobs", json=JOB, headers=alice).status_code == 201
     uploads.close()
+
+
+def test_bytes_that_are_full_by_the_end_of_a_check_let_no_job_in(
+    store: JobStore, keys: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks take seconds, and others of the tenant's jobs end meanwhile."""
+    client = TestClient(an_app(store, AccessRules(KeyRing(keys), "nobody"), stored_bytes=1000), "http://localhost")
+    alice = bearer(keys, "alice", "submit")
+    once = {**alice, "Idempotency-Key": "once"}
+    first = client.post("/v1/jobs", json=JOB, headers=once).json()["id"]
+    check = KeptBytes.check
+
+    def and_fill(self: KeptBytes, tenant: str, most: int | None) -> None:
+        check(self, tenant, most)
+        self.note(first, 1000)
+
+    monkeypatch.setattr(KeptBytes, "check", and_fill)
+    for path, body in (("/v1/jobs", JOB), (f"/v1/jobs/{first}/clone", {})):
+        store.kept_bytes.note(first, 0)
+        refused = client.post(path, json=body, headers=alice)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+        assert "1000B of jobs, as many as CHAINFED_STORED_BYTES allows" in refused.json()["detail"]
+    assert [job.id for job in store.page()] == [first]
+    store.kept_bytes.note(first, 0)
+    assert client.post("/v1/jobs", json=JOB, headers=once).json()["id"] == first, "it makes no job"
 
 
 def test_a_tenant_has_so_many_uploads(storage: Storage, store: JobStore, keys: KeyStore) -> None:

@@ -339,6 +339,24 @@ def test_counts_that_are_kept_are_those_that_a_count_gives(store: JobStore) -> N
 
 
 @pytest.mark.slow
+def test_a_tenant_whose_bytes_are_full_queues_no_job(store: JobStore) -> None:
+    """It is looked at in the transaction that makes the job: nothing of a refused one is there, and the key of it is free."""
+    alice, bob = (store.seen_by(tenant, everything=False) for tenant in ("alice", "bob"))
+    first = alice.submit(SPEC, "key", most_stored=1).id
+    store.kept_bytes.note(first, 1)
+    for key in (None, "more"):
+        with pytest.raises(
+            LimitReached, match="alice has 0B of uploads and 1B of jobs, as many as CHAINFED_STORED_BYTES"
+        ):
+            alice.submit(SPEC, key, most_stored=1)
+    assert alice.submit(SPEC, "key", most_stored=1).id == first, "it makes no job"
+    assert (len(store.page()), alice.counts()) == (1, {"alice": {"queued": 1}})
+    bob.submit(SPEC, most_stored=1)
+    store.kept_bytes.note(first, 0)
+    alice.submit(SPEC, "more", most_stored=1)
+
+
+@pytest.mark.slow
 def test_a_queue_has_so_many_jobs_of_a_tenant(store: JobStore) -> None:
     alice, bob = (store.seen_by(tenant, everything=False) for tenant in ("alice", "bob"))
     first = alice.submit(SPEC, "key", most_queued=1).id
