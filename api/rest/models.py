@@ -186,7 +186,11 @@ def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
         return Found(ServedModel.of_base(record), _key(record.spec["model"], None), record.id)
     if ":" not in name and (shares := jobs.aliases.get(name)):
         tenant, slash, _ = name.rpartition("/")
-        return _find(jobs, f"{tenant}{slash}{choices(list(shares), list(shares.values()))[0]}", task)
+        target = f"{tenant}{slash}{choices(list(shares), list(shares.values()))[0]}"
+        try:
+            return _find(jobs, target, task)
+        except ModelNotFound as error:  # its job had not succeeded when the alias was made, and has failed since
+            raise ModelNotFound(target, error.served, name) from None
     raise _not_found(jobs, name)
 
 
