@@ -27,7 +27,7 @@ from benchmarks.corpora import NAMES, named
 from benchmarks.process_tree import held_bytes
 from chainfed_ray.units import format_bytes
 
-_COMMAND = [sys.executable, "-c", "from chainfed_ray.api.command.cli import main; main()", "run"]
+_COMMAND = [sys.executable, "-c", "from chainfed_ray.api.command.entry import main; main()", "run"]
 _LOOK_SECONDS = 1.0
 _FIRST = 3  # the round with which the last one is compared: until then, processes start and load what they keep
 _progress = Console(stderr=True, highlight=False)

@@ -26,7 +26,7 @@ _WORDS, _ROWS, _CLASSES = 1000, 1000, 4
 # The smallest class is excluded, so that the dry run also looks for the changes with which it could take part.
 _FLEET = (("watch", 8, "12MiB"), ("phone", 8, "256MiB"), ("silo", 4, "8GiB"))
 _CODE = {
-    "plan": "from chainfed_ray.api.command.cli import main; main()",
+    "plan": "from chainfed_ray.api.command.entry import main; main()",
     "check": "import sys; from pathlib import Path; from chainfed_ray.api.command.cli import read_job; "
     "from chainfed_ray.planning.prepare import prepare_job; prepare_job(read_job(Path(sys.argv[1])), Path())",
 }

@@ -29,7 +29,7 @@ from chainfed_ray.api.command.local_service import free_port
 from chainfed_ray.api.sdk import calls
 from chainfed_ray.api.sdk.clients import Client
 
-_COMMAND = [sys.executable, "-c", "from chainfed_ray.api.command.cli import main; main()"]
+_COMMAND = [sys.executable, "-c", "from chainfed_ray.api.command.entry import main; main()"]
 _NAMES = ("east", "north", "south", "west")
 _MIB = 2**20
 _HELD_OUT = 600  # rows

@@ -365,16 +365,16 @@ class KeyNotFound(ChainFedError, LookupError):
 
 
 class ModelNotFound(ChainFedError, LookupError):
-    """No model of those that are ``served`` has this name."""
+    """No model of those that are ``served`` has this name, for which an ``alias`` may stand that was asked for."""
 
-    def __init__(self, model: str, served: tuple[str, ...]) -> None:
-        super().__init__(model, served)
-        self.model, self.served = model, served
+    def __init__(self, model: str, served: tuple[str, ...], alias: str | None = None) -> None:
+        super().__init__(model, served, alias)
+        self.model, self.served, self.alias = model, served, alias
 
     def __str__(self) -> str:
-        near = get_close_matches(self.model, self.served)
-        meant = f"; did you mean {' or '.join(near)}?" if near else "."
-        return f"there is no model {shown(self.model)}{meant} Served now: {some_of(self.served)}"
+        stands = f", for which the alias {shown(self.alias)} stands" if self.alias else ""
+        meant = f"; did you mean {' or '.join(near)}?" if (near := get_close_matches(self.model, self.served)) else "."
+        return f"there is no model {shown(self.model)}{stands}{meant} Served now: {some_of(self.served)}"
 
 
 class UploadNotFound(ChainFedError, LookupError):

@@ -1,4 +1,4 @@
-"""Units: bytes and seconds as people write them (``96MiB``, ``2GB``, ``120s``, ``5m``), and a loss as perplexity."""
+"""Units: bytes, seconds and numbers as people write them (``96MiB``, ``2GB``, ``120s``, ``5m``), and a loss as perplexity."""
 
 import math
 import re
@@ -72,6 +72,11 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def counted(count: int, one: str, many: str) -> str:
+    """1 → ``"1 alias"``, 2 → ``"2 aliases"``."""
+    return f"{count} {one if count == 1 else many}"
 
 
 def perplexity(loss: float) -> float:

@@ -48,6 +48,7 @@ QUEUED_JOBS, RUNNING_JOBS, REQUESTS = "CHAINFED_QUEUED_JOBS", "CHAINFED_RUNNING_
 CLIENT_MEMORY, GRACE = "CHAINFED_CLIENT_MEMORY", "CHAINFED_GRACE_SECONDS"
 LEAST_REPLICAS = "CHAINFED_SERVING_LEAST_REPLICAS"
 UPLOAD_BYTES, STORED_BYTES, UPLOADS = "CHAINFED_UPLOAD_BYTES", "CHAINFED_STORED_BYTES", "CHAINFED_UPLOADS"
+ALIASES = "CHAINFED_ALIASES"
 Default = TypeVar("Default", int, None)
 _PROBE_BYTES = 65536
 _FOLDER = "chainfed-data"  # unless the operator names another
@@ -234,6 +235,7 @@ class Settings:
     grace_seconds: int = 100  # from the word to stop until processes are killed that have not ended
     json_logs: bool = False
     client_memory: int | None = None  # bytes of a tenant's clients that train at once
+    most_aliases: int = 1000  # of a tenant
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ, existing: bool = False) -> "Settings":
@@ -276,6 +278,7 @@ class Settings:
             _count(environment, GRACE, cls.grace_seconds),
             _json_logs(environment),
             _bytes(environment, CLIENT_MEMORY),
+            _count(environment, ALIASES, cls.most_aliases),
         )
 
     def environment(self) -> dict[str, str]:
@@ -302,6 +305,7 @@ class Settings:
             STORED_BYTES: str(self.stored_bytes or ""),
             CLIENT_MEMORY: str(self.client_memory or ""),
             UPLOADS: str(self.most_uploads),
+            ALIASES: str(self.most_aliases),
             GRACE: str(self.grace_seconds),
             LOG: "json" if self.json_logs else "text",
         }

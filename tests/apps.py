@@ -34,12 +34,14 @@ def an_app(
     folder_of: Callable[[str], Path] | None = None,
     answers: FirstAnswers | None = None,
     most_uploads: int | None = None,
+    most_aliases: int | None = None,
 ) -> FastAPI:
     """The application. Its dry runs refuse every job. An upload has 10,000 bytes at most."""
     audit = access.audit if access else None
     service = Service(
         store, _check, _plan, _classify, _embed, _write, {}, audit=audit, most_queued=most_queued, uploads=uploads,
         upload_bytes=MOST_BYTES, stored_bytes=stored_bytes, folder_of=folder_of, most_uploads=most_uploads,
+        most_aliases=most_aliases,
     )  # fmt: skip
     return create_app(service, hosts, access, answers)
 

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COMMAND = [sys.executable, "-c", "from chainfed_ray.api.command.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from chainfed_ray.api.command.entry import main; main()"]
 FOLDERS = ("chainfed_ray", "cluster", "api")
 
 

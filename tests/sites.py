@@ -109,7 +109,13 @@ class SitesService:
 
     def process(self, site: str, data: Path) -> "subprocess.Popen[bytes]":
         """A process at ``site``: ``chainfed join``, as people start it."""
-        command = [sys.executable, "-c", "from chainfed_ray.api.command.cli import main; main()", "join", self.address]
+        command = [
+            sys.executable,
+            "-c",
+            "from chainfed_ray.api.command.entry import main; main()",
+            "join",
+            self.address,
+        ]
         command += [
             "--site",
             site,

@@ -20,10 +20,9 @@ from rich.console import Console, RenderableType
 from chainfed_ray.activity import Reporter
 from chainfed_ray.api.command import jobs_command
 from chainfed_ray.api.command.export_command import Format, NewFolder, StackFolder, export_model
-from chainfed_ray.api.command.interruption import Interruption
+from chainfed_ray.api.command.interruption import INTERRUPTED, Interruption, ending_at_once
 from chainfed_ray.api.command.join_command import join
-from chainfed_ray.api.command.utf8_mode import in_utf8_mode, standard_input
-from chainfed_ray.api.operator.answers import Json, answer
+from chainfed_ray.api.operator.answers import Json, answer, standard_input
 from chainfed_ray.api.operator.backup_command import backup, restore
 from chainfed_ray.api.operator.database_command import database_app
 from chainfed_ray.api.operator.keys_command import keys_app
@@ -71,7 +70,6 @@ _progress = Console(stderr=True, highlight=False, markup=False)
 
 JobFile = Annotated[Path, typer.Argument(help="a job file, such as examples/demo.yaml")]
 Out = Annotated[Path, typer.Option(help="the folder for commits, models and plots")]
-_INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
 _DEMO, _CHAT_DEMO = Path("examples/demo.yaml"), Path("examples/chat.yaml")
 
 
@@ -95,12 +93,13 @@ def run(job: JobFile, out: Out = Path("chainfed-data"), as_json: Json = False) -
     """Train a job without a service, on a Ray cluster of its own. The same command again resumes an interrupted job."""
     spec = read_job(job)  # comes first: the imports take seconds, and a mistake in the file shows at once
 
-    from chainfed_ray.api.command.training import folder_of, train
-    from chainfed_ray.api.report.progress import ProgressDisplay
-    from chainfed_ray.api.report.results import results
-    from chainfed_ray.device.lean_imports import load_models
+    with ending_at_once():
+        from chainfed_ray.api.command.training import folder_of, train
+        from chainfed_ray.api.report.progress import ProgressDisplay
+        from chainfed_ray.api.report.results import results
+        from chainfed_ray.device.lean_imports import load_models
 
-    load_models()
+        load_models()
     folder = folder_of(out, spec)
     resumable = _if_interrupted("Interrupted. Run the same command again to resume the job.")
     with resumable as interruption, ProgressDisplay(_progress, spec.name, spec, interruption.check) as progress:
@@ -124,12 +123,13 @@ def plan(
     if picture:
         check_drawing()
 
-    from chainfed_ray.api.report.activity_display import ActivityDisplay
-    from chainfed_ray.api.report.forecast_table import forecast_table
-    from chainfed_ray.device.lean_imports import load_models
-    from chainfed_ray.planning.dry_run import dry_run
+    with ending_at_once():
+        from chainfed_ray.api.report.activity_display import ActivityDisplay
+        from chainfed_ray.api.report.forecast_table import forecast_table
+        from chainfed_ray.device.lean_imports import load_models
+        from chainfed_ray.planning.dry_run import dry_run
 
-    load_models()
+        load_models()
     with _if_interrupted("Interrupted."), ActivityDisplay(_progress) as listen:
         forecast = dry_run(spec, min(Settings.client_slots, os.cpu_count() or 1), listen)  # a turn takes one core
     parts: list[RenderableType] = [forecast_table(forecast)]
@@ -308,12 +308,12 @@ def demo(
             answer(as_json, plain_demo(spec, job_file, out or Path("chainfed-demo"), story))
 
 
-def main() -> None:
+def main(terminal: str | None = None) -> None:
     """Run the command. A ``ChainFedError`` is printed as a message with an exit code, without a traceback.
 
-    The exit code is 2 for an invalid job, and 1 for any other ``ChainFedError``.
+    The exit code is 2 for an invalid job, and 1 for any other ``ChainFedError``. ``terminal`` is the encoding of the terminal;
+    None if Python knows it.
     """
-    terminal = in_utf8_mode()
     # No process below imports modules from the folder in which the command was given.
     os.environ["PYTHONSAFEPATH"] = "1"
     keep_model_list()
@@ -379,7 +379,7 @@ def _if_interrupted(message: str) -> Iterator[Interruption]:
             yield interruption
     except KeyboardInterrupt:
         _progress.print(message)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _fail(error: ChainFedError, lines: list[str], code: int) -> NoReturn:

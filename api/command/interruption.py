@@ -1,8 +1,28 @@
-"""Remembers Ctrl-C. Python only prints a ``KeyboardInterrupt`` raised in a destructor or a callback, and goes on."""
+"""Heeds Ctrl-C where Python loses it: a ``KeyboardInterrupt`` in a destructor, a callback or an import may be passed over."""
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
+
+INTERRUPTED = 130  # the exit code that shells give to a command ended by Ctrl-C
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """In the block, which imports and does nothing else, Ctrl-C ends the process without words: there is nothing to tidy up.
+
+    A process that was started to ignore Ctrl-C keeps ignoring it.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Interruption:

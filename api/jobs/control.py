@@ -1,5 +1,6 @@
 """Routes that tell a job what to do: pause, go on, end, be tried again, with changes, be deleted."""
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -29,8 +30,9 @@ def pause_job(job: str, jobs: JobsAsSeen) -> JobResource:
 @router.post("/resume", status_code=202)
 def resume_job(job: str, jobs: JobsAsSeen, service: WithService, caller: Caller) -> JobResource:
     """Let a paused job go on from its last commit, with the same result as if it had not paused. It waits in the queue."""
-    service.check_fits(jobs.get(job).spec, caller)
-    return full(jobs, control.resume(jobs, job, service.queue_of(caller), service.bytes_of(caller)))
+    most_queued, most_stored = service.queue_of(caller), service.bytes_of(caller)
+    check_fits = partial(service.check_fits, caller=caller)
+    return full(jobs, control.resume(jobs, job, most_queued, most_stored, check_fits))
 
 
 @router.post("/cancel", status_code=202)
@@ -42,9 +44,9 @@ def cancel_job(job: str, jobs: JobsAsSeen) -> JobResource:
 @router.post("/retry", status_code=202)
 def retry_job(job: str, jobs: JobsAsSeen, service: WithService, caller: Caller) -> JobResource:
     """Try a job again that failed or was cancelled. It goes on from its last finished round, and waits in the queue."""
-    service.check_fits(jobs.get(job).spec, caller)
     most_queued, most_stored = service.queue_of(caller), service.bytes_of(caller)
-    return full(jobs, control.retry(jobs, job, most_queued, most_stored, service.folder_of))
+    check_fits = partial(service.check_fits, caller=caller)
+    return full(jobs, control.retry(jobs, job, most_queued, most_stored, service.folder_of, check_fits))
 
 
 @router.post("/clone", status_code=201, openapi_extra=BODY)

@@ -92,10 +92,13 @@ async def accept(
         LimitReached: the caller's tenant has as many jobs in the queue, or as many bytes, as it may.
     """
     service.check_fits(spec.document(), caller)
-    await run_in_threadpool(service.check_kept, caller)
+    await run_in_threadpool(
+        service.check_kept, caller
+    )  # before the check, which takes seconds; it counts when all is done
     await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
+    most_queued, most_stored = service.queue_of(caller), service.bytes_of(caller)
     record = await run_in_threadpool(
-        jobs.submit, spec, idempotency_key, caller.reads_anything, service.queue_of(caller)
+        jobs.submit, spec, idempotency_key, caller.reads_anything, most_queued, most_stored
     )
     response.headers["Location"] = f"/v1/jobs/{record.id}"
     return await run_in_threadpool(full, jobs, record)

@@ -1,4 +1,4 @@
-"""The answer of a command, on standard output: as one JSON object for programs, or as text for people."""
+"""What commands read from standard input, and their answers: as one JSON object for programs, or as text for people."""
 
 import json
 import sys
@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+
+from chainfed_ray.errors import InvalidJob
 
 _LEAST_WIDTH = 80  # columns. With fewer, tables would leave out figures; a narrow terminal breaks the lines
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
@@ -21,3 +23,17 @@ def answer(as_json: bool, document: dict[str, Any], *parts: RenderableType) -> N
     console.width = max(console.width, _LEAST_WIDTH)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
+
+
+def standard_input() -> str:
+    """All of the standard input.
+
+    Raises:
+        InvalidJob: it is not text in UTF-8.
+    """
+    given = sys.stdin.buffer.read()
+    try:
+        return given.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"text in UTF-8 ({error.reason} at byte {error.start})"
+        raise InvalidJob.at("(standard input)", given[:40], where) from None

@@ -102,7 +102,7 @@ def list_aliases(jobs: Jobs) -> AliasList:
 
 
 @router.put("/aliases/{alias}")
-def set_alias(alias: AliasName, body: AliasTargets, jobs: Jobs, caller: Caller) -> AliasResource:
+def set_alias(alias: AliasName, body: AliasTargets, jobs: Jobs, service: WithService, caller: Caller) -> AliasResource:
     """Let an alias stand for a model, or for several with a share of the requests each. Requests that run go on."""
     jobs = jobs.seen_by(caller.tenant, everything=False)  # whoever uses the alias sees no more
     if jobs.on_base(alias, 1):
@@ -113,12 +113,13 @@ def set_alias(alias: AliasName, body: AliasTargets, jobs: Jobs, caller: Caller) 
     targets = {name.removeprefix(own): share for name, share in body.targets.items()}
     if len(targets) < len(body.targets):
         raise InvalidJob.at("targets", sorted(body.targets), "each model once")
+    most = service.most_aliases if caller.key else None
     while True:
         found = [_find(jobs, name, None) for name in targets]
         if len({one.model.task for one in found}) > 1:
             raise InvalidJob.at("targets", sorted(body.targets), "models of one task")
         with suppress(JobNotFound):  # one was deleted meanwhile: another may be served under its name, or none
-            jobs.aliases.set(alias, targets, {one.needs for one in found})
+            jobs.aliases.set(alias, targets, {one.needs for one in found}, most)
             return AliasResource(name=alias, targets=targets)
 
 
@@ -187,7 +188,11 @@ def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
         return Found(of_base(record), _key(record.spec["model"], None), record.id)
     if ":" not in name and (shares := jobs.aliases.get(name)):
         tenant, slash, _ = name.rpartition("/")
-        return _find(jobs, f"{tenant}{slash}{choices(list(shares), list(shares.values()))[0]}", task)
+        target = f"{tenant}{slash}{choices(list(shares), list(shares.values()))[0]}"
+        try:
+            return _find(jobs, target, task)
+        except ModelNotFound as error:  # its job had not succeeded when the alias was made, and has failed since
+            raise ModelNotFound(target, error.served, name) from None
     raise _not_found(jobs, name)
 
 

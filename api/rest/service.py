@@ -191,6 +191,7 @@ class Service:
     stored_bytes: int | None = None  # of a tenant: of its uploads, and of its jobs
     folder_of: Callable[[str], Path] | None = None  # a job's commits and artifacts
     most_uploads: int | None = None  # of a tenant
+    most_aliases: int | None = None  # of a tenant
     drains: Callable[[], bool] = _never  # whether the service is about to end
     client_memory: int | None = None  # bytes of a tenant's clients that train at once
     client_slots: int = 1  # clients of a job that train at once

@@ -19,6 +19,7 @@ from chainfed_ray.cluster.access.rates import Rates
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.storage import REQUESTS, WithoutKeys
 from chainfed_ray.errors import LimitReached
+from chainfed_ray.units import counted
 
 _REALM = 'Bearer realm="chainfed"'
 _POLICY_VIOLATION = 1008  # RFC 6455
@@ -154,11 +155,11 @@ class Access:
             return None
         most = identity.requests_per_minute
         if seconds := self._rules.key_rates.wait_seconds(identity.key, most):
-            return LimitReached(f"the key {identity.key}", f"{most} requests a minute", OF_KEY, seconds)
+            return LimitReached(f"the key {identity.key}", _a_minute(most), OF_KEY, seconds)
         if seconds := self._rules.rates.wait_seconds(identity.tenant):
             self._rules.key_rates.give_back(identity.key)
             most = self._rules.rates.per_minute
-            return LimitReached(identity.tenant, f"{most} requests a minute", REQUESTS, seconds)
+            return LimitReached(identity.tenant, _a_minute(most), REQUESTS, seconds)
         return None
 
     async def _put_down(
@@ -178,6 +179,10 @@ class Access:
             request=request.state.request_id,
         )
         await run_in_threadpool(self._rules.audit.note, act, is_refusal)
+
+
+def _a_minute(most: int | None) -> str:
+    return f"{counted(most or 0, 'request', 'requests')} a minute"
 
 
 def _is_near(request: Request) -> bool:

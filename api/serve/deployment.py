@@ -100,6 +100,7 @@ class Api:
             stored_bytes=settings.stored_bytes,
             folder_of=partial(storage.committed, at_once=True),
             most_uploads=settings.most_uploads,
+            most_aliases=settings.most_aliases,
             drains=Drain(storage.root).has_begun,
             client_memory=settings.client_memory,
             client_slots=settings.client_slots,

@@ -27,6 +27,7 @@ from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
 from chainfed_ray.cluster.tenants import View
 from chainfed_ray.errors import InvalidJob, LimitReached, ServiceBusy, UploadConflict, UploadNotFound
 from chainfed_ray.reading import UploadedFile
+from chainfed_ray.units import counted
 
 KEPT_HOURS = 48  # a part of an upload, after its last byte came
 _OVER = ("succeeded", "failed", "cancelled")  # jobs that read nothing any more
@@ -98,7 +99,7 @@ class UploadStore:
                     return self._upload(row)
             count = session.scalar(select(func.count()).select_from(UploadRow).where(UploadRow.tenant == tenant)) or 0
             if most_uploads is not None and count >= most_uploads:
-                raise LimitReached(tenant, f"{count} uploads", UPLOADS, _FULL_SECONDS)
+                raise LimitReached(tenant, counted(count, "upload", "uploads"), UPLOADS, _FULL_SECONDS)
             if not alike:
                 check_kept(session, tenant, most_stored, size)
             row = UploadRow(

@@ -4,10 +4,11 @@ Each asks for a state, and says why the job cannot get there.
 
 A process of the API calls these. The controller and the job's coordinator then do what the state asks for. All are safe to
 call twice: a job that is already there stays as it is. Given jobs ``at`` a revision, they do nothing to a job that has another
-one by then, and raise ``PreconditionFailed``.
+one by then, and raise ``PreconditionFailed``. Of several reasons to refuse, a limit is
+the last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,12 @@ from chainfed_ray.errors import JobConflict
 from chainfed_ray.records.states import Status
 
 _LOOKS = 10  # at aliases that change meanwhile
+CheckFits = Callable[[Mapping[str, object]], None]
+"""Checks that the job of a document may ever begin. Raises ``InvalidJob`` if a limit never lets it."""
+
+
+def _fits(document: Mapping[str, object]) -> None:
+    pass
 
 
 def pause(store: JobStore, job: str) -> JobRecord:
@@ -34,7 +41,13 @@ def pause(store: JobStore, job: str) -> JobRecord:
     return _reached(store, job, moved, ("pausing", "paused"), "be paused")
 
 
-def resume(store: JobStore, job: str, most_queued: int | None = None, most_stored: int | None = None) -> JobRecord:
+def resume(
+    store: JobStore,
+    job: str,
+    most_queued: int | None = None,
+    most_stored: int | None = None,
+    check_fits: CheckFits = _fits,
+) -> JobRecord:
     """Let a paused job go on from its last commit. It waits in the queue for a free place, where its place is by its age.
 
     A job that is about to pause goes on at once: one whose start is not on record is still to be validated. The job's
@@ -43,9 +56,12 @@ def resume(store: JobStore, job: str, most_queued: int | None = None, most_store
     Raises:
         JobNotFound: there is no such job.
         JobConflict: the job is over, or is to end.
+        InvalidJob: ``check_fits`` has refused it.
         LimitReached: the tenant has as many jobs in the queue, or bytes, as it may.
     """
-    store.get(job)
+    record = store.get(job)
+    if record.status in ("pausing", "paused"):
+        check_fits(record.spec)
     goes_on: Status = "running" if store.newest(job, "started") else "validating"
     moved = store.move(job, goes_on, before=("pausing",))
     moved = moved or store.move(job, "queued", before=("paused",), most_queued=most_queued, most_stored=most_stored)
@@ -70,6 +86,7 @@ def retry(
     most_queued: int | None = None,
     most_stored: int | None = None,
     folder_of: Callable[[str], Path] | None = None,
+    check_fits: CheckFits = _fits,
 ) -> JobRecord:
     """Try a job again that failed or was cancelled. It goes on from its last commit, in the queue by its age.
 
@@ -80,7 +97,7 @@ def retry(
         JobNotFound: there is no such job.
         JobConflict: the job has not failed and was not cancelled; or it has noise, and cannot go on without its secret.
         LimitReached: the tenant has as many jobs in the queue, or bytes, as it may.
-        InvalidJob: an upload that the job reads was deleted when it had ended.
+        InvalidJob: ``check_fits`` has refused it, or an upload that the job reads was deleted when it had ended.
         OSError: the commits of a job with noise cannot be looked at.
     """
     record = store.get(job)
@@ -90,6 +107,8 @@ def retry(
             "be tried again: the secret of its noise was erased when it ended, and other noise would weaken its privacy"
         )
         raise JobConflict(job, record.status, asked)
+    if record.status in ended:
+        check_fits(record.spec)
     moved = store.move(job, "queued", before=ended, most_queued=most_queued, most_stored=most_stored)
     return _reached(store, job, moved, ("queued", "validating", "running"), "be tried again")
 

@@ -27,7 +27,7 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.structured_logs import about
 from chainfed_ray.cluster.tables import Event, JobRecord
 from chainfed_ray.cluster.tracing import StagesAndRounds, asked_by, flush, span
-from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob
+from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob, JobNotFound
 from chainfed_ray.export.cards import write_cards
 from chainfed_ray.federation.evaluation import streamed
 from chainfed_ray.federation.run import MakeEvaluation, run_job
@@ -74,7 +74,7 @@ def run_queued_job(
     Events of rounds that were committed before are published if they are missing. If the database does not answer, or a disk
     is full or gone, be it ours or one from which the job reads, the job waits and then resumes: it never fails because of that.
     If only a file of the job's does not work, try after try, it fails: it would hold a place that others could have. The job
-    reads by the ``rules``, as it was checked, and the uploads of its tenant.
+    reads by the ``rules``, as it was checked, and the uploads of its tenant. Of a job that is deleted there is nothing to do.
     """
     tries = broken = 0
     newest: Event | None = None
@@ -106,6 +106,8 @@ def run_queued_job(
                     else:
                         seconds = _RETRY_SECONDS * 2 ** max(min(tries, _BROKEN_TRIES - 1) - 1, 0)
                         _wait_for_disk(job, trouble, record.spec, store, storage, seconds)
+        except JobNotFound:  # it was over, and was deleted at once
+            return
         except NO_ANSWER as error:
             _log.warning("the database does not answer (%s); job %s waits for it", error, job)
             sleep(_RETRY_SECONDS)

@@ -31,7 +31,7 @@ from chainfed_ray.cluster.files.upload_sources import hold_uploads
 from chainfed_ray.cluster.queries.aliases import Aliases
 from chainfed_ray.cluster.queries.counts import counts
 from chainfed_ray.cluster.queries.deletions import Deletions
-from chainfed_ray.cluster.queries.events import append_event, check_revision, latest_of, revision_of
+from chainfed_ray.cluster.queries.events import append_event, check_revision, latest_of, lock_job, revision_of
 from chainfed_ray.cluster.queries.lines import JobLine, lines_of, newest_lines
 from chainfed_ray.cluster.queries.newest_models import NewestModels
 from chainfed_ray.cluster.queries.pages import Label, Place, page_of
@@ -98,15 +98,16 @@ class JobStore:
         request_key: str | None = None,
         reads_anything: bool = True,
         most_queued: int | None = None,
+        most_stored: int | None = None,
     ) -> JobRecord:
         """Queue a job. If an earlier call had the same ``request_key``, return the job that it queued instead.
 
-        See ``JobRecord`` for ``reads_anything``. The tenant may have ``most_queued`` jobs in the queue.
+        See ``JobRecord`` for ``reads_anything``. The tenant may have ``most_queued`` queued jobs, and ``most_stored`` bytes.
 
         Raises:
             InvalidJob: it names an upload that is not the tenant's, or not complete.
             JobConflict: the earlier call had another specification.
-            LimitReached: the tenant has as many jobs in the queue as it may.
+            LimitReached: the tenant has as many jobs in the queue, or bytes, as it may.
         """
         document, key = spec.document(), request_key
         if key is not None and self._view.tenant != DEFAULT_TENANT:
@@ -131,6 +132,7 @@ class JobStore:
                 session.add_all(LabelRow(job=row.id, name=name, value=value) for name, value in spec.labels.items())
                 hold_uploads(session, row.tenant, document)
                 check_queue(session, row.tenant, most_queued)
+                check_kept(session, row.tenant, most_stored)
                 append_event(session, row.id, "queued", "queued", row.submitted_at, carried())
                 return self._record(row)
         except IntegrityError:
@@ -321,17 +323,16 @@ class JobStore:
             check_revision(session, job, self._revisions)
 
     def count_restart(self, job: str) -> int:
-        """Count a restart of the job's coordinator. Returns how many there were since the last finished round."""
+        """Count a restart of the job's coordinator. Returns how many there were since the last round; 0 if the job is gone."""
         with Session(self._engine) as session, session.begin():
             session.execute(update(JobRow).where(JobRow.id == job).values(restarts=JobRow.restarts + 1))
-            return session.scalars(select(JobRow.restarts).where(JobRow.id == job)).one()
+            return session.scalar(select(JobRow.restarts).where(JobRow.id == job)) or 0
 
     def publish(self, job: str, key: str, kind: str, data: dict[str, Any]) -> None:
-        """Append an event, unless the job has one with this ``key``."""
+        """Append an event, unless the job has one with this ``key``, or is deleted, of which its process may not have heard."""
+        told = select(EventRow.seq).where(EventRow.job == job, EventRow.key == key)
         with Session(self._engine) as session, session.begin():
-            # Write first, to lock the job's row (on SQLite, the database): no other process may number an event meanwhile.
-            session.execute(update(JobRow).where(JobRow.id == job).values(restarts=JobRow.restarts))
-            if session.scalar(select(EventRow.seq).where(EventRow.job == job, EventRow.key == key)) is None:
+            if lock_job(session, job) and session.scalar(told) is None:
                 append_event(session, job, key, kind, moment(), data)
                 session.execute(update(JobRow).where(JobRow.id == job).values(restarts=0))
 

@@ -1,19 +1,21 @@
 """Aliases: names that callers keep while the models behind them change."""
 
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from hashlib import blake2b
 from typing import Any, cast
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.engine import CursorResult, Engine
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from chainfed_ray.cluster.storage import ALIASES
 from chainfed_ray.cluster.tables import AliasRow, JobRow
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
-from chainfed_ray.errors import JobNotFound
+from chainfed_ray.errors import JobNotFound, LimitReached
+from chainfed_ray.units import counted
 
 _KEPT_TARGETS = 20  # that an alias had before
+_FULL_SECONDS = 60  # until one may have been deleted
 Shares = dict[str, float]
 """Models, and the share of the requests that each has."""
 
@@ -35,31 +37,43 @@ class Aliases:
             row = session.get(AliasRow, self._view.alias_key(name))
             return row.targets[-1] if row else None
 
-    def set(self, name: str, shares: Shares, jobs: Collection[str] = ()) -> None:
+    def set(self, name: str, shares: Shares, jobs: Collection[str] = (), most: int | None = None) -> None:
         """Let an alias stand for other models. What it stood for is kept, so that ``roll_back`` can return to it.
 
         The models are served as long as ``jobs`` are there: none of these is deleted before the alias is known to whoever
-        deletes it.
+        deletes it. The tenant may have ``most`` aliases.
 
         Raises:
             JobNotFound: one of ``jobs`` is deleted already.
+            LimitReached: the alias would be a new one, and the tenant has as many as it may.
         """
         key = self._view.alias_key(name)
-        with suppress(IntegrityError):  # another process adds it at the same moment
-            return self._set(key, shares, jobs)
-        self._set(key, shares, jobs)
-
-    def _set(self, name: str, shares: Shares, jobs: Collection[str]) -> None:
         with Session(self._engine) as session, session.begin():
-            row = _locked(session, name)
+            row = _locked(session, key) or self._locked_alone(session, key)
             if row is None:
-                session.add(AliasRow(name=name, targets=[shares]))
+                self._check_room(session, most)
+                session.add(AliasRow(name=key, targets=[shares]))
             elif row.targets[-1] != shares:
                 row.targets = [*row.targets[-_KEPT_TARGETS:], shares]
             session.flush()  # the alias is locked before its jobs, as by who deletes one
             there = select(JobRow.id).where(JobRow.id.in_(jobs), JobRow.deleted_at.is_(None)).order_by(JobRow.id)
             if gone := set(jobs) - set(session.scalars(there.with_for_update(read=True))):
                 raise JobNotFound(min(gone))
+
+    def _locked_alone(self, session: Session, key: str) -> AliasRow | None:
+        """As ``_locked``, once nobody else makes an alias of the tenant: so no two count those that are there at once.
+
+        On SQLite, who has written is alone already.
+        """
+        if self._engine.dialect.name == "postgresql":
+            digest = blake2b(f"aliases of {self._view.tenant}".encode(), digest_size=8).digest()
+            session.execute(select(func.pg_advisory_xact_lock(int.from_bytes(digest, "big", signed=True))))
+        return _locked(session, key)
+
+    def _check_room(self, session: Session, most: int | None) -> None:
+        count = session.scalar(select(func.count()).select_from(AliasRow).where(_of(self._view.tenant))) or 0
+        if most is not None and count >= most:
+            raise LimitReached(self._view.tenant, counted(count, "alias", "aliases"), ALIASES, _FULL_SECONDS)
 
     def roll_back(self, name: str, is_served: Callable[[str], bool]) -> Shares | None:
         """Return an alias to what it stood for before, of which every model ``is_served``. None if there is no such thing."""
@@ -84,11 +98,16 @@ def aliases_of(session: Session, view: View, locked: bool = False) -> dict[str, 
     """What each alias that the ``view`` sees stands for. If they are ``locked``, nobody changes one in this transaction."""
     query = select(AliasRow.name, AliasRow.targets).order_by(AliasRow.name)
     if not view.everything:
-        of_others = AliasRow.name.contains("/")
-        own = AliasRow.name.startswith(f"{view.tenant}/", autoescape=True)
-        query = query.where(~of_others if view.tenant == DEFAULT_TENANT else own)
+        query = query.where(_of(view.tenant))
     found = session.execute(query.with_for_update() if locked else query)
     return {view.alias_name(name): targets[-1] for name, targets in found}
+
+
+def _of(tenant: str) -> ColumnElement[bool]:
+    """The condition of a query that an alias is of ``tenant``."""
+    of_others = AliasRow.name.contains("/")
+    own = AliasRow.name.startswith(f"{tenant}/", autoescape=True)
+    return ~of_others if tenant == DEFAULT_TENANT else own
 
 
 def _locked(session: Session, name: str) -> AliasRow | None:

@@ -60,7 +60,7 @@ class Deletions:
     def purge(self, job: str) -> None:
         """Delete what is left of a job that is marked."""
         with Session(self._engine) as session, session.begin():
-            session.execute(delete(EventRow).where(EventRow.job == job))  # of a process that had not heard of it yet
+            session.execute(delete(EventRow).where(EventRow.job == job))  # of a process of an earlier version
             session.execute(delete(LabelRow).where(LabelRow.job == job))
             session.execute(delete(JobRow).where(JobRow.id == job, JobRow.deleted_at.is_not(None)))
 

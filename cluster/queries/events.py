@@ -2,9 +2,10 @@
 
 from collections.abc import Collection
 from hashlib import blake2b
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
+from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.tables import EventRow, JobRow, Latest
@@ -12,6 +13,16 @@ from chainfed_ray.errors import PreconditionFailed
 from chainfed_ray.records.states import AT_WORK, Status
 
 _STATES = get_args(Status)
+
+
+def lock_job(session: Session, job: str) -> bool:
+    """Lock a job's row until the transaction ends: no other process numbers an event meanwhile. False if it is deleted.
+
+    It is written, which on SQLite locks the database.
+    """
+    there = (JobRow.id == job, JobRow.deleted_at.is_(None))
+    locked = session.execute(update(JobRow).where(*there).values(restarts=JobRow.restarts))
+    return cast("CursorResult[Any]", locked).rowcount > 0
 
 
 def append_event(session: Session, job: str, key: str | None, kind: str, at: str, data: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.parse import document_of, parse_job, parse_yaml
-from chainfed_ray.units import format_bytes, parse_bytes, parse_seconds
+from chainfed_ray.units import counted, format_bytes, parse_bytes, parse_seconds
 from tests.builders import a_job
 from tests.models import tiny
 from tests.project import ROOT
@@ -154,6 +154,7 @@ def test_quantities() -> None:
     assert parse_bytes("1.5kB") == 1500
     assert parse_seconds("2m") == 120
     assert format_bytes(1536) == "1.5KiB"
+    assert [counted(count, "alias", "aliases") for count in (0, 1, 2)] == ["0 aliases", "1 alias", "2 aliases"]
 
 
 def test_the_papers_recipe_fills_in_what_the_job_leaves_open(document: dict[str, Any]) -> None:

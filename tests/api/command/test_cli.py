@@ -116,7 +116,7 @@ def test_files_that_a_job_names_are_meant_from_where_the_command_is_run(
     ids=lambda arguments: arguments[0],
 )
 def test_help_and_the_check_of_a_job_file_load_neither_torch_nor_ray(arguments: tuple[str, ...]) -> None:
-    code = "import sys\nfrom chainfed_ray.api.command.cli import main\ntry: main()\nfinally: print('loaded:', *sys.modules)"
+    code = "import sys\nfrom chainfed_ray.api.command.entry import main\ntry: main()\nfinally: print('loaded:', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     loaded = set(done.stdout.partition("loaded:")[2].split())
     assert "chainfed_ray.spec.job" in loaded, done.stderr
@@ -155,7 +155,10 @@ def test_a_folder_that_is_a_file_ends_in_words(document: dict[str, Any], tmp_pat
 
 @pytest.mark.slow
 def test_a_terminal_without_a_dash_costs_the_dash_alone() -> None:
-    code = "from chainfed_ray.api.command import cli\ncli.app = lambda: print('perplexity \\u2013 \\u201c5\\u201d')\ncli.main()"
+    code = (
+        "from chainfed_ray.api.command import cli, entry\ncli.app = lambda: print('perplexity \\u2013 \\u201c5\\u201d')"
+    )
+    code += "\nentry.main()"
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60, check=True)
     assert done.stdout == b"perplexity ? ?5?\n"

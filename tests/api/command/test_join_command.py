@@ -17,7 +17,7 @@ def test_the_log_is_for_nobody_else_and_ctrl_c_ends_a_site_without_a_service(tmp
     (key := tmp_path / "key").write_text("secret")
     key.chmod(0o644)
     (cache := tmp_path / "cache").mkdir()
-    command = [sys.executable, "-c", "from chainfed_ray.api.command.cli import main; main()", "join"]
+    command = [sys.executable, "-c", "from chainfed_ray.api.command.entry import main; main()", "join"]
     command += [f"http://127.0.0.1:{free_port('127.0.0.1')}", "--site", "a", "--data", str(tmp_path)]
     command += ["--key-file", str(key), "--cache", str(cache), "--log", str(tmp_path / "log")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -234,4 +234,15 @@ def test_a_job_whose_clients_never_fit_is_refused_with_the_limit(storage: Storag
         with_keys.state.service = replace(with_keys.state.service, client_memory=10 * MIB)
         assert client.post(f"/v1/jobs/{job}/resume").status_code == 422
         assert store.get(job).status == "paused", "nothing is lost: it goes on under a higher limit"
+        tag = {"If-Match": '"other"'}
+        assert client.post(f"/v1/jobs/{job}/resume", headers=tag).status_code == 412, (
+            "it is another, whether it fits or not"
+        )
+        assert client.post(f"/v1/jobs/{job}/retry").status_code == 409
+        store.move(job, "queued")
+        assert client.post(f"/v1/jobs/{job}/resume").status_code == 202, "it goes on already"
+        store.move(job, "cancelled")
+        assert client.post(f"/v1/jobs/{job}/resume").status_code == 409, "it is over, whether it fits or not"
+        assert client.post(f"/v1/jobs/{job}/retry").status_code == 422
+        assert store.get(job).status == "cancelled"
     keys.close()

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,6 +99,35 @@ def test_an_alias_returns_to_nothing_that_is_deleted(client: TestClient) -> None
     assert client.delete(f"/v1/jobs/{jobs[OLD]}").status_code == 204
     assert client.post("/v1/aliases/support/rollback").status_code == 404
     assert answered_by(client) == {NEW: 1}
+
+
+def test_an_alias_for_what_a_job_serves_that_still_trains_says_when_that_has_failed(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    unused = cast("Any", None)
+
+    async def classify(model: ModelKey, texts: list[str]) -> list[list[float]]:
+        return [[0.7, 0.2, 0.1]] * len(texts)
+
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+    job = store.submit(parse_job(document | {"name": "new"})).id
+    app = create_app(Service(store, unused, unused, classify, unused, unused, {}))
+    with closing(store), TestClient(app, "http://localhost") as client:
+        assert put(client, {"tiny": 1}) == 404, "whether there is such a base model is not known yet"
+        store.move(job, "running")
+        assert (put(client, {"tiny": 1}), put(client, {"tiny:new@latest": 1})) == (200, 404), "no round has counted"
+        assert client.get("/v1/models/support").json()["name"] == "tiny"
+        store.publish(job, "started", "started", {"classes": ["sea", "sky", "soil"]})
+        store.publish(job, "round-0", "round", {"index": 0})
+        assert put(client, {"tiny:new@latest": 1}) == 200
+        assert answered_by(client) == {"tiny:new@0": 1}
+        store.move(job, "failed", error={})
+        refused = client.post("/v1/classify", json={"model": "support", "texts": ["x"]})
+        assert (refused.status_code, refused.json()["type"]) == (404, "urn:chainfed:problem:model-not-found")
+        said = "there is no model 'tiny:new@latest', for which the alias 'support' stands"
+        assert refused.json()["detail"].startswith(said)
+        store.move(job, "queued")  # tried again
+        assert answered_by(client) == {"tiny:new@0": 1}
 
 
 @pytest.mark.slow

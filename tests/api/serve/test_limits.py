@@ -1,7 +1,10 @@
 """Promises of the door about much and many: what is changed is put down, and a tenant has its limits and not another's."""
 
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -10,12 +13,13 @@ from chainfed_ray.cluster.access.audit import AuditLog
 from chainfed_ray.cluster.access.keyring import KeyRing
 from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.access.rates import Rates
+from chainfed_ray.cluster.files.kept_bytes import KeptBytes
 from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.records.states import Status
-from tests.apps import an_app
+from tests.apps import an_app, served
 from tests.builders import SPEC
 
 JOB = SPEC.document()
@@ -121,7 +125,7 @@ def test_a_key_that_asks_too_often_waits_and_its_tenants_others_do_not(store: Jo
     refused = asked[1]
     assert (refused.headers["retry-after"], refused.json()["type"]) == ("60", "urn:chainfed:problem:limit-reached")
     assert refused.json()["detail"] == (
-        f"the key {limited.key.id} has 1 requests a minute, as many as its requests_per_minute allows; try again in 60 s"
+        f"the key {limited.key.id} has 1 request a minute, as many as its requests_per_minute allows; try again in 60 s"
     )
     assert "CHAINFED_REQUESTS_PER_MINUTE" in asked[5].json()["detail"], "three of the tenant's were counted"
 
@@ -187,6 +191,74 @@ def test_a_tenant_whose_jobs_fill_its_bytes_gets_no_more_until_one_is_deleted(
     uploads.close()
 
 
+def test_many_who_ask_at_once_are_counted_one_by_one(storage: Storage, store: JobStore, keys: KeyStore) -> None:
+    """Each process of the API counts by itself, as the documents say."""
+    first, second, other = (bearer(keys, owner, "read") for owner in ("alice", "alice", "bob"))
+    limited = {"Authorization": f"Bearer {keys.make_key('alice', ['read'], requests_per_minute=5).token}"}
+    senders = [first, second, limited, limited, other] * 12
+
+    def answers(address: str) -> list[int]:
+        with ThreadPoolExecutor(20) as threads, httpx.Client(timeout=60) as client:
+            return list(threads.map(lambda one: client.get(f"{address}/v1/jobs", headers=one).status_code, senders))
+
+    for _ in "two processes":
+        rates = Rates(15, lambda: 0.0), Rates(None, lambda: 0.0)
+        access = AccessRules(KeyRing(keys), "nobody", rates[0], key_rates=rates[1])
+        with served(an_app(store, access)) as address:
+            asked = list(zip(senders, answers(address), strict=True))
+        passed = Counter(one["Authorization"] for one, status in asked if status == 200)
+        assert {status for _, status in asked} == {200, 429}
+        assert passed[other["Authorization"]] == 12
+        assert passed.total() - 12 == 15, "of alice's keys together"
+        assert 0 <= passed[limited["Authorization"]] <= 5
+
+
+def test_bytes_that_are_full_by_the_end_of_a_check_let_no_job_in(
+    store: JobStore, keys: KeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks take seconds, and others of the tenant's jobs end meanwhile."""
+    client = TestClient(an_app(store, AccessRules(KeyRing(keys), "nobody"), stored_bytes=1000), "http://localhost")
+    alice = bearer(keys, "alice", "submit")
+    once = {**alice, "Idempotency-Key": "once"}
+    first = client.post("/v1/jobs", json=JOB, headers=once).json()["id"]
+    check = KeptBytes.check
+
+    def and_fill(self: KeptBytes, tenant: str, most: int | None) -> None:
+        check(self, tenant, most)
+        self.note(first, 1000)
+
+    monkeypatch.setattr(KeptBytes, "check", and_fill)
+    for path, body in (("/v1/jobs", JOB), (f"/v1/jobs/{first}/clone", {})):
+        store.kept_bytes.note(first, 0)
+        refused = client.post(path, json=body, headers=alice)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+        assert "1000B of jobs, as many as CHAINFED_STORED_BYTES allows" in refused.json()["detail"]
+    assert [job.id for job in store.page()] == [first]
+    store.kept_bytes.note(first, 0)
+    assert client.post("/v1/jobs", json=JOB, headers=once).json()["id"] == first, "it makes no job"
+
+
+def test_a_tenant_has_so_many_aliases(store: JobStore, keys: KeyStore) -> None:
+    client = TestClient(an_app(store, AccessRules(KeyRing(keys), "nobody"), most_aliases=1), "http://localhost")
+    alice, bob = (bearer(keys, owner, "submit") for owner in ("alice", "bob"))
+    for owner in ("alice", "bob"):
+        job = store.seen_by(owner, everything=False).submit(SPEC).id
+        store.move(job, "running")
+        store.move(job, "succeeded", result={"classes": ["a"], "accuracy": 0.5})
+
+    def put(headers: dict[str, str], alias: str, target: str = "minilm") -> httpx.Response:
+        return client.put(f"/v1/aliases/{alias}", json={"targets": {target: 1}}, headers=headers)
+
+    refused = [put(alice, alias) for alias in ("one", "two")][1]
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+    assert refused.json()["type"] == "urn:chainfed:problem:limit-reached"
+    assert "alice has 1 alias, as many as CHAINFED_ALIASES allows" in refused.json()["detail"]
+    assert put(alice, "one", "minilm:tiny").status_code == 200, "it is no new one"
+    assert put(bob, "two").status_code == 200
+    assert client.delete("/v1/aliases/one", headers=alice).status_code == 204
+    assert put(alice, "two").status_code == 200
+
+
 def test_a_tenant_has_so_many_uploads(storage: Storage, store: JobStore, keys: KeyStore) -> None:
     uploads = UploadStore(storage)
     app = an_app(store, AccessRules(KeyRing(keys), "nobody"), uploads=uploads, most_uploads=1)
@@ -199,7 +271,7 @@ def test_a_tenant_has_so_many_uploads(storage: Storage, store: JobStore, keys: K
         "60",
         "urn:chainfed:problem:limit-reached",
     )
-    assert "1 uploads, as many as CHAINFED_UPLOADS allows" in answers[2].json()["detail"]
+    assert "1 upload, as many as CHAINFED_UPLOADS allows" in answers[2].json()["detail"]
     assert client.post("/v1/uploads", json=bodies[2], headers=bob).status_code == 201
     uploads.close()
 

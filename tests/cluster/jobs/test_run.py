@@ -18,6 +18,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.cluster.draining import Drain
 from chainfed_ray.cluster.jobs.cleanup import fail, has_died_too_often
+from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.sites.desk import Desk
@@ -481,6 +482,26 @@ def test_a_job_with_a_key_reads_what_the_rules_name_and_one_without_everything(
         ended = store.get(job)
         assert ended.status == ("failed" if refused else "succeeded"), ended.error
         assert refused is None or refused in str(ended.error)
+
+
+def test_a_job_that_is_deleted_as_soon_as_it_is_over_is_let_go(
+    job: str, storage: Storage, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process has looked at it before it ended, and looks again."""
+    move = JobStore.move
+
+    def and_delete(self: JobStore, job: str, to: Status, **more: Any) -> bool:
+        moved = move(self, job, to, **more)
+        if to == "failed":
+            delete(store, job)
+            store.deletions.purge(job)
+        return moved
+
+    monkeypatch.setattr(JobStore, "move", and_delete)
+    monkeypatch.setattr(f"{RUN}.run_job", raising(ValueError("of the job")))
+    run_queued_job(job, storage, in_this_process)
+    run_queued_job(job, storage, in_this_process)  # by a process that Ray makes again
+    assert store.page() == []
 
 
 def test_a_secret_is_erased_before_a_job_fails(

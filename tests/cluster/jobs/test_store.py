@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,48 @@ def test_an_event_is_told_once_whoever_tells_it(store: JobStore, database: str) 
     told = store.events(job, after=1)
     assert [event.seq for event in told] == list(range(2, 12))
     assert sorted(event.data["index"] for event in told) == list(range(10))
+
+
+@pytest.mark.slow
+def test_an_event_of_a_job_that_is_deleted_is_dropped(store: JobStore) -> None:
+    """Who publishes it has not heard of that yet."""
+    job, other = (store.submit(SPEC).id for _ in range(2))
+    store.move(job, "cancelled")
+    delete(store, job)
+    for leave in (lambda: None, lambda: store.deletions.purge(job)):
+        leave()
+        store.publish(job, "round-0", "round", {"index": 0})
+        assert store.latest([job]) == {}
+        assert store.of_kind(job, "round") == []
+    assert store.count_restart(job) == 0
+    assert [event.kind for event in store.events(other)] == ["queued"]
+
+
+@pytest.mark.slow
+def test_events_and_the_deletion_of_their_job_do_not_meet(store: JobStore, database: str) -> None:
+    jobs = [store.submit(SPEC).id for _ in range(8)]
+    for job in jobs:
+        store.move(job, "cancelled")
+
+    def publish(number: int) -> None:
+        with closing(JobStore(database)) as mine:
+            for index in range(64):
+                mine.publish(jobs[index // 8], f"round-{number}-{index}", "round", {})
+                mine.note_activity(jobs[index // 8], Activity(what="training"))
+
+    def remove(_: int) -> None:
+        with closing(JobStore(database)) as mine:
+            for job in jobs:
+                with suppress(JobNotFound, JobConflict):  # the other one was faster
+                    delete(mine, job)
+                for marked in mine.deletions.marked(9):
+                    mine.deletions.purge(marked)
+
+    with ThreadPoolExecutor(5) as threads:
+        done = [threads.submit(publish, number) for number in range(3)] + [threads.submit(remove, 0) for _ in "ab"]
+        for one in done:
+            one.result()
+    assert (store.page(), store.deletions.marked(9), store.latest(jobs)) == ([], [], {})
 
 
 @pytest.mark.slow
@@ -293,6 +336,24 @@ def test_counts_that_are_kept_are_those_that_a_count_gives(store: JobStore) -> N
         counted[record.tenant][record.status] += 1
     assert store.counts() == counted
     assert counted["alice"].total() == len(moves) - 1
+
+
+@pytest.mark.slow
+def test_a_tenant_whose_bytes_are_full_queues_no_job(store: JobStore) -> None:
+    """It is looked at in the transaction that makes the job: nothing of a refused one is there, and the key of it is free."""
+    alice, bob = (store.seen_by(tenant, everything=False) for tenant in ("alice", "bob"))
+    first = alice.submit(SPEC, "key", most_stored=1).id
+    store.kept_bytes.note(first, 1)
+    for key in (None, "more"):
+        with pytest.raises(
+            LimitReached, match="alice has 0B of uploads and 1B of jobs, as many as CHAINFED_STORED_BYTES"
+        ):
+            alice.submit(SPEC, key, most_stored=1)
+    assert alice.submit(SPEC, "key", most_stored=1).id == first, "it makes no job"
+    assert (len(store.page()), alice.counts()) == (1, {"alice": {"queued": 1}})
+    bob.submit(SPEC, most_stored=1)
+    store.kept_bytes.note(first, 0)
+    alice.submit(SPEC, "more", most_stored=1)
 
 
 @pytest.mark.slow

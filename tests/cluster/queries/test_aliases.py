@@ -2,11 +2,14 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_some
+from contextlib import closing
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.errors import LimitReached
 
 _AT_ONCE = 0.2  # seconds, in which the other one would be done if nothing held it up
 
@@ -32,3 +35,29 @@ def test_an_alias_that_returns_meanwhile_is_waited_for(store: JobStore, other: s
     assert begun[0].result() == (True if other == "delete" else None)
     assert aliases.get("support") == (None if other == "delete" else {"tiny:newest": 1.0})
     assert not aliases.delete("support") or other == "set"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tenant", ["default", "alice"])
+def test_who_make_aliases_at_once_make_no_more_than_may_be(database: str, tenant: str) -> None:
+    with closing(JobStore(database)) as store:
+        store.seen_by("other", everything=False).aliases.set("x", {"tiny:old": 1.0})
+    begin = Barrier(6)
+
+    def make(number: int) -> int:
+        refused = 0
+        with closing(JobStore(database)) as store:
+            aliases = store.seen_by(tenant, everything=False).aliases
+            begin.wait(60)
+            for index in range(4):
+                try:
+                    aliases.set(f"name-{(number + index) % 8}", {"tiny:old": 1.0}, most=5)
+                except LimitReached as error:
+                    refused += error.what == "5 aliases"
+        return refused
+
+    with ThreadPoolExecutor(6) as threads:
+        assert sum(threads.map(make, range(6))) > 0
+    with closing(JobStore(database)) as store:
+        assert len(store.seen_by(tenant, everything=False).aliases.all()) == 5
+        assert len(store.seen_by("other", everything=False).aliases.all()) == 1
