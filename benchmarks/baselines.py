@@ -18,9 +18,10 @@ from transformers import AutoModel
 
 from benchmarks.accuracy_protocols import Spent
 from benchmarks.metering import Meter
-from chainfed_ray.aggregation.discriminant import ClassSums, fitted
+from chainfed_ray.aggregation.discriminant import fitted
 from chainfed_ray.aggregation.mean import RunningMean
 from chainfed_ray.chain import Window
+from chainfed_ray.client.head_sums import ClassSums
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.federation.cohort import Cohort, Sampler

@@ -16,10 +16,10 @@ from chainfed_ray.client.messages import Training, Update
 from chainfed_ray.client.objective import trained_names
 from chainfed_ray.client.survey import ClientSurvey, Survey
 from chainfed_ray.data.tokens import ExampleCounts
-from chainfed_ray.site.codec import client_of, result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.connection import Connection, Withdrawn
-from chainfed_ray.site.envelope import Done, HashedFile, Order
 from chainfed_ray.site.transcript import Transcript
+from chainfed_ray.wire.codec import client_of, result_document, survey_document, turn_of, write_tensors
+from chainfed_ray.wire.envelope import Done, HashedFile, Order
 
 _WAIT_SECONDS = 20.0
 _CLASSES, _ROWS, _TOKENS = 4, 6, 8  # rows of a class, and tokens of each

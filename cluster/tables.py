@@ -1,9 +1,9 @@
 """The tables of the database of jobs. ``migrations`` makes them, and brings those of earlier versions forward."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import (
     JSON,
@@ -20,29 +20,10 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
+from chainfed_ray.records.states import AT_WORK, Status
 
-Status = Literal[
-    "queued", "validating", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"
-]
 ROW_VERSION = 2
 """Of a row of a job: rows of version 1 are from before the states ``validating``, ``pausing`` and ``paused``."""
-
-STATES_BEFORE: Mapping[Status, tuple[Status, ...]] = {
-    "queued": ("paused", "failed", "cancelled"),  # resumed or tried again, it waits for a free place
-    "validating": ("queued", "pausing"),
-    "running": ("queued", "validating", "pausing"),  # what has been validated before goes on without that
-    "pausing": ("validating", "running"),
-    "paused": ("queued", "pausing"),
-    "cancelling": ("queued", "validating", "running", "pausing", "paused"),
-    "cancelled": ("queued", "cancelling"),
-    "succeeded": ("running", "pausing"),
-    "failed": ("validating", "running", "pausing"),
-}
-"""Which states a job may be in before each."""
-FINISHED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
-"""The states of a job that is over."""
-AT_WORK: tuple[Status, ...] = ("validating", "running", "pausing")
-"""The states of a job that has a coordinator, unless that is to end."""
 
 
 @dataclass(frozen=True)

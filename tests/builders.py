@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from chainfed_ray.aggregation.privacy import Noise
 from chainfed_ray.api.report.progress import ProgressDisplay
 from chainfed_ray.chain import Window
 from chainfed_ray.client.pool import ClientPool, LocalPool
+from chainfed_ray.client.privacy import Noise
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.planning.prepare import PlannedJob, prepare_job

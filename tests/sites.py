@@ -26,11 +26,11 @@ from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.data.tokens import ExampleCounts
 from chainfed_ray.site.agent import Agent, Offer
-from chainfed_ray.site.codec import result_document, survey_document, turn_of, write_tensors
 from chainfed_ray.site.connection import Connection
-from chainfed_ray.site.envelope import Done, HashedFile, Order
 from chainfed_ray.site.policy import Policy
 from chainfed_ray.site.transcript import Transcript
+from chainfed_ray.wire.codec import result_document, survey_document, turn_of, write_tensors
+from chainfed_ray.wire.envelope import Done, HashedFile, Order
 from tests.watching import wait_for
 
 ANYTHING = Policy(models=("*",))  # also models in a folder of this machine

@@ -3,7 +3,9 @@
 import ast
 import sys
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import get_args, get_origin
@@ -16,34 +18,39 @@ from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.sections import Section
 from tests.project import FOLDERS, ROOT, files_of
 
-# The rooms, floor by floor: files import from their own room, and from rooms on floors below theirs.
+# The rooms, floor by floor: files import from their own room, and from rooms on floors below theirs. A room is on the floor
+# above the highest from which it imports.
 FLOORS = (
-    ("ground",),
+    ("ground", "cluster.migrations"),
     ("spec", "device", "streaming", "budget"),
-    ("data",),
-    ("model",),
-    ("aggregation", "evaluation", "serving", "records"),
-    ("export",),
-    ("client",),
-    ("planning",),
-    ("federation", "site"),
-    ("cluster.migrations", "cluster.objects"),
-    ("cluster",),
-    ("cluster.queries",),
-    ("cluster.pool", "cluster.offload", "cluster.files"),
-    ("cluster.sites",),
-    ("cluster.jobs",),
-    ("cluster.access",),
-    ("api.report",),
-    ("api.rest",),
+    ("data", "records"),
+    ("model", "cluster.objects", "api.report"),
+    ("client", "evaluation", "export", "serving", "cluster"),
+    (
+        "aggregation",
+        "planning",
+        "wire",
+        "cluster.access",
+        "cluster.files",
+        "cluster.offload",
+        "cluster.pool",
+        "cluster.queries",
+        "api.resources",
+    ),
+    ("federation", "site", "cluster.sites", "api.sdk"),
+    ("cluster.jobs", "api.operator"),
+    ("api.rest", "api.transfer"),
     ("api.jobs",),
-    ("api.serve", "api.operator", "api.sdk"),
-    ("api.transfer",),
+    ("api.serve",),
     ("api.command",),
 )
+# What is computed knows nothing of where it runs, and neither of how it is asked for, on whatever floor that is.
+FOLDERS_BY_HEIGHT = ("chainfed_ray", "cluster", "api")
 # Beyond that: what a client's process would load for nothing, and what is drawn from records alone.
 KEPT_APART = {("client", "evaluation"), ("client", "serving")}
 KEPT_APART |= {("api.report", room) for room in ("cluster", "federation", "planning")}
+KEPT_APART |= {("api.sdk", room) for room in ("cluster", "cluster.objects", "cluster.queries", "cluster.access")}
+KEPT_APART |= {(room, "site") for room in ("cluster.sites", "cluster.jobs", "api.rest")}
 # Who may import what is not ours. What is not named here may be imported anywhere.
 ONLY_IN = {
     "alembic": ("cluster", "cluster.migrations"),
@@ -58,7 +65,6 @@ ONLY_IN = {
         "cluster.offload",
         "cluster.sites",
         "cluster.jobs",
-        "cluster.checks",
         "api.serve",
         "api.command",
     ),
@@ -70,7 +76,6 @@ ONLY_IN = {
         "cluster.files",
         "cluster.jobs",
         "cluster.access",
-        "api.rest",
         "api.operator",
         "api.command",
     ),
@@ -78,7 +83,7 @@ ONLY_IN = {
     "typer": ("api.command", "api.operator", "api.transfer"),
 }
 WITHOUT_TORCH = ("ground", "spec", "budget")
-MOST_FILES, MOST_LINES, MOST_ARROWS = 12, 400, 191
+MOST_FILES, MOST_LINES, MOST_ARROWS, MOST_FLOORS = 12, 400, 191, 12
 GENERIC = {"api", "cluster", "tests", "benchmarks", "examples"}
 
 
@@ -88,6 +93,12 @@ def room_of(module: str) -> str:
     assert first == "chainfed_ray"
     depth = 2 if parts[0] in ("api", "cluster") else 1
     return ".".join(parts[:-1][:depth]) or "ground"
+
+
+def folder_of(room: str) -> str:
+    """The folder that a room is in."""
+    first = room.partition(".")[0]
+    return first if first in FOLDERS_BY_HEIGHT else "chainfed_ray"
 
 
 def imports(path: Path, tree: ast.Module | None = None) -> set[str]:
@@ -113,12 +124,36 @@ MODULES = {module_of(path): path for folder in FOLDERS for path in files_of(fold
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
+@cache
+def arrows() -> frozenset[tuple[str, str]]:
+    """Each room with each other room from which a file of it imports."""
+    found = (
+        (room_of(module), room_of(name)) for module, path in MODULES.items() for name in imports(path) & set(MODULES)
+    )
+    return frozenset((room, target) for room, target in found if room != target)
+
+
+def height(joined: frozenset[tuple[str, str]]) -> int:
+    """How many rooms are on the longest path of the arrows ``joined``."""
+    below: dict[str, set[str]] = defaultdict(set)
+    for room, target in joined:
+        below[room].add(target)
+
+    @cache
+    def floor(room: str) -> int:
+        return 1 + max(map(floor, below[room]), default=0)
+
+    return max(map(floor, list(below)))
+
+
 def arrow_problem(room: str, target: str) -> str | None:
     """What is wrong with a file of ``room`` that imports one of the room ``target``, if anything."""
     if room == target:
         return None
     if FLOOR[target] >= FLOOR[room]:
         return f"{room} is not above {target}"
+    if FOLDERS_BY_HEIGHT.index(folder_of(target)) > FOLDERS_BY_HEIGHT.index(folder_of(room)):
+        return f"{folder_of(room)} knows nothing of {folder_of(target)}"
     return f"{room} is kept apart from {target}" if (room, target) in KEPT_APART else None
 
 
@@ -145,6 +180,12 @@ def test_a_file_imports_from_rooms_below_its_own(module: str) -> None:
         ("api.report", "cluster"),
         ("api.report", "planning"),
         ("cluster", "api.rest"),
+        ("api.sdk", "api.rest"),
+        ("cluster.jobs", "site"),
+        ("api.sdk", "cluster"),
+        ("federation", "cluster"),
+        ("federation", "cluster.objects"),
+        ("cluster.jobs", "api.report"),
     ],
 )
 def test_an_arrow_that_climbs_is_noticed(room: str, target: str) -> None:
@@ -159,10 +200,14 @@ def test_rooms_stay_small_and_few_arrows_join_them() -> None:
     assert not {room: rooms.count(room) for room in rooms if rooms.count(room) > MOST_FILES}
     lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
     assert not {module: length for module, length in lengths.items() if length > MOST_LINES}
-    arrows = {
-        (room_of(module), room_of(name)) for module, path in MODULES.items() for name in imports(path) & set(MODULES)
-    }
-    assert len([arrow for arrow in arrows if len(set(arrow)) == 2]) <= MOST_ARROWS
+    assert len(arrows()) <= MOST_ARROWS
+    assert height(arrows()) == len(FLOORS) <= MOST_FLOORS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arrow", [("wire", "planning"), ("aggregation", "planning"), ("cluster.pool", "federation")])
+def test_a_floor_more_is_noticed(arrow: tuple[str, str]) -> None:
+    assert height(arrows() | {arrow}) > MOST_FLOORS
 
 
 @pytest.mark.slow
@@ -247,6 +292,18 @@ def test_the_map_gives_every_file_a_duty() -> None:
         for path in files_of(folder):
             name = path.relative_to(ROOT / folder)
             assert path.stem == "__init__" or f" {name} " in duties, name
+
+
+def test_the_picture_has_every_room_on_its_floor() -> None:
+    picture = (ROOT / "ARCHITECTURE.md").read_text().partition("how you ask for it\n")[2].partition("\nFrom below")[0]
+    floor, drawn = 0, set[tuple[int, str]]()
+    for line in picture.splitlines():
+        words = line.replace("·", " ").split()
+        if words and words[0].isdigit():
+            floor = int(words.pop(0))
+        drawn |= {(floor, word) for word in words}
+    for number, rooms in enumerate(FLOORS, 1):
+        assert {(number, room.rpartition(".")[2]) for room in rooms} <= drawn
 
 
 def test_every_key_of_a_job_is_documented() -> None:

@@ -25,7 +25,8 @@ import pytest
 import torch
 
 from chainfed_ray.model.source import ModelSource
-from chainfed_ray.cluster.pool.actors import ready
+import chainfed_ray.cluster.pool.actors
+from chainfed_ray.client.turn import ready
 
 ready(ModelSource(Path(sys.argv[1]), torch.float32, Path(sys.argv[2])))
 print(*sys.modules)
@@ -51,3 +52,24 @@ def test_who_only_passes_work_on_loads_no_torch(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not {"torch", "transformers", "datasets"} & set(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_a_program_that_asks_the_service_loads_nothing_of_the_server() -> None:
+    """Also once it has looked at an answer, for which the models of all answers are loaded."""
+    code = """
+import inspect, sys
+from chainfed_ray.api.sdk import calls, clients, exchanges
+
+models = [model for part in (calls, exchanges) for _, model in inspect.getmembers(part) if isinstance(model, calls.Model)]
+assert len(models) > 15
+for model in models:
+    if model.module:
+        __import__(f"chainfed_ray.{model.module}")
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"chainfed_ray.api.resources.jobs", "chainfed_ray.api.resources.completions"} <= loaded
+    assert not {"fastapi", "starlette", "ray", "sqlalchemy", "torch", "numpy", "chainfed_ray.cluster"} & loaded

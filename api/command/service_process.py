@@ -26,8 +26,8 @@ from chainfed_ray.cluster.local_ray import local_ray
 from chainfed_ray.cluster.occupancy import is_free
 from chainfed_ray.cluster.pool.ray_watch import ASK_SECONDS, core_processes, hears_of_machine
 from chainfed_ray.cluster.storage import Settings
-from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.errors import ChainFedError, InvalidSetting, ServiceNotStarted
+from chainfed_ray.records.states import AT_WORK
 
 READY_SECONDS = 240.0  # an idle machine needs 20 s; one that is busy with other work needs far longer
 _POLL_SECONDS = 0.2

@@ -15,10 +15,11 @@ from rich.console import Console
 
 from chainfed_ray.api.operator.answers import answer
 from chainfed_ray.api.report.progress import ProgressDisplay
-from chainfed_ray.cluster.offload.engine import server_evaluation
+from chainfed_ray.cluster.offload.engine import offloaded
 from chainfed_ray.cluster.pool.local import on_local_ray
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import InvalidJob, JobFailed
+from chainfed_ray.federation.evaluation import server_evaluation
 from chainfed_ray.federation.run import run_job
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.result import JobResult
@@ -57,7 +58,8 @@ def train(
     done = len(log.rounds())
     memories = [group.memory for group in spec.fleet.clients]
     with on_local_ray(settings, progress.listen, memories, embedded=False, failed=failed) as pool:
-        records = run_job(spec, folder, pool=pool, evaluation=server_evaluation, listen=progress.listen)
+        evaluation = partial(server_evaluation, offloaded=offloaded)
+        records = run_job(spec, folder, pool=pool, evaluation=evaluation, listen=progress.listen)
         with closing(records), _naming(folder):
             for record in records:
                 match record:

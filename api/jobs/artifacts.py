@@ -7,18 +7,18 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, Field
 
 from chainfed_ray.api.jobs.etags import IfNoneMatch, is_known
 from chainfed_ray.api.jobs.report import ensure_report
+from chainfed_ray.api.resources.artifacts import ArtifactList, ArtifactResource
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
 from chainfed_ray.api.rest.files import IfRange, Range, SentFile
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Jobs, WithService
 from chainfed_ray.cluster.files.artifacts import artifact, names_of
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.tables import FINISHED
 from chainfed_ray.errors import ArtifactNotFound
+from chainfed_ray.records.states import FINISHED
 
 router = APIRouter(prefix="/v1/jobs", tags=["artifacts"], route_class=StrictRoute)
 
@@ -32,21 +32,6 @@ _RANGE_SENT = {"Content-Range": {"description": "which bytes, of how many", "sch
 ArtifactName = Annotated[
     str, PathParameter(description="a name from the list, such as `model/adapter_model.safetensors`")
 ]
-
-
-class ArtifactResource(BaseModel):
-    """A file of a job."""
-
-    name: str
-    bytes: int
-    sha256: str = Field(description="in hexadecimal digits; it is also the `ETag` of the file")
-    media_type: str
-
-
-class ArtifactList(BaseModel):
-    """What a job has left, by name."""
-
-    artifacts: list[ArtifactResource]
 
 
 @router.get("/{job}/artifacts")

@@ -1,14 +1,12 @@
 """The conditions of a job: what is true of it, why, and since when. They follow from the events of its states."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
-from pydantic import BaseModel, Field
+from chainfed_ray.api.resources.jobs import Condition, ConditionType, Truth
+from chainfed_ray.cluster.tables import Event
+from chainfed_ray.records.states import FINISHED, Status
 
-from chainfed_ray.cluster.tables import FINISHED, Event, Status
-
-ConditionType = Literal["Validated", "Running", "Paused", "Finished"]
-Truth = Literal["True", "False", "Unknown"]
 WAITING = "waiting"  # of a job in the queue: it may not begin yet
 CHANGES: tuple[str, ...] = (*get_args(Status), WAITING)
 """The kinds of events from which conditions follow."""
@@ -23,17 +21,6 @@ _REASONS = {
     "succeeded": "Succeeded",
     "cancelled": "CancelRequested",
 }
-
-
-class Condition(BaseModel):
-    """Something that is true of a job, or is not."""
-
-    type: ConditionType = Field(
-        description="`Validated`: its model, rows and clients can be trained; `Running`: it trains; `Paused`; `Finished`"
-    )
-    status: Truth
-    reason: str = Field(description="why, in one word for programs; of a job that failed the type of its error")
-    since: str = Field(description="since when `status` is what it is: ISO 8601, UTC")
 
 
 def conditions(changes: Sequence[Event]) -> list[Condition]:

@@ -7,9 +7,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.jobs.etags import JobsAsSeen
+from chainfed_ray.api.jobs.from_records import full
 from chainfed_ray.api.jobs.merge_patch import BODY, Patch, patched
-from chainfed_ray.api.jobs.resources import JobResource, full
 from chainfed_ray.api.jobs.routes import IdempotencyKey, accept
+from chainfed_ray.api.resources.jobs import JobResource
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, WithService
 from chainfed_ray.cluster.jobs import control

@@ -7,26 +7,19 @@ from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Query
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, Field
 
+from chainfed_ray.api.resources.events import LogPage
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
-from chainfed_ray.cluster.files.job_log import LOG, LogLine, page_of
+from chainfed_ray.cluster.files.job_log import LOG, page_of
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.tables import FINISHED, JobRecord
+from chainfed_ray.cluster.tables import JobRecord
+from chainfed_ray.records.states import FINISHED
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=StrictRoute)
 
 LOOK_SECONDS = 0.5  # between two looks whether there are further lines
 _STATE_LOOKS = 6  # looks between two questions to the database, whether the job is over
-
-
-class LogPage(BaseModel):
-    """A page of a job's log, the oldest lines first."""
-
-    lines: list[LogLine]
-    next: int = Field(description="pass this as `after` to get the next page")
-    finished: bool = Field(description="true if the job is over and these are its last lines")
 
 
 @router.get("/{job}/logs")

@@ -5,19 +5,18 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from chainfed_ray.api.jobs.etags import IfNoneMatch, is_known
-from chainfed_ray.api.jobs.resources import JobPage, JobResource, came_late, full
+from chainfed_ray.api.jobs.from_records import came_late, full, page_of
 from chainfed_ray.api.report.pictures import check_drawing
+from chainfed_ray.api.resources.jobs import ClientPage, JobPage, JobResource
 from chainfed_ray.api.rest.job_file import BODY, StrictRoute, SubmittedJob
 from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, while_connected
-from chainfed_ray.cluster.access.identity import Identity
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.pages import Place
-from chainfed_ray.cluster.tables import Status
-from chainfed_ray.records.fleet import FleetClient
 from chainfed_ray.records.forecast import Forecast
+from chainfed_ray.records.states import Status
 from chainfed_ray.spec.job import JobSpec
 
 router = APIRouter(prefix="/v1", tags=["jobs"], route_class=StrictRoute)
@@ -26,13 +25,6 @@ _PNG = "image/png"
 _PICTURE: dict[int | str, dict[str, Any]] = {
     200: {"content": {_PNG: {"schema": {"type": "string", "format": "binary"}}}}
 }
-
-
-class ClientPage(BaseModel):
-    """A page of a job's clients: those that take part, in the order of the fleet, the others, and those that came later."""
-
-    clients: list[FleetClient]
-    next: int | None = Field(description="pass this as `after` to get the next page; null on the last page")
 
 
 _LABEL = r"^[a-z0-9-]{1,63}=[^\x00]{0,63}$"
@@ -89,7 +81,7 @@ async def accept(
     response: Response,
     service: Service,
     jobs: JobStore,
-    caller: Identity,
+    caller: Caller,
     idempotency_key: str | None,
 ) -> JobResource:
     """Check a job, queue it, and name its place in ``response``. A repeated key queues it once.
@@ -132,7 +124,7 @@ def list_jobs(
     labels = [(name, value) for name, _, value in (text.partition("=") for text in label or ())]
     lines = jobs.lines(limit + 1, place, states or None, labels)
     shown = lines[:limit]
-    page = JobPage.of(shown, Place.after(shown[-1]).cursor() if len(lines) > limit else None)
+    page = page_of(shown, Place.after(shown[-1]).cursor() if len(lines) > limit else None)
     return Response(page.model_dump_json(), media_type="application/json")
 
 

@@ -4,11 +4,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
+from chainfed_ray.api.resources.uploads import NewUpload, UploadPage, UploadResource
 from chainfed_ray.api.rest.job_file import StrictRoute
-from chainfed_ray.api.rest.schemas import RequestBody, example
 from chainfed_ray.api.rest.service import Caller, CallerGone, Uploads, WithService
 from chainfed_ray.cluster.files.upload_bytes import Arriving
 from chainfed_ray.cluster.files.uploads import Upload
@@ -22,63 +21,8 @@ router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=StrictRou
 _BINARY = "application/octet-stream"
 _WRITTEN_BYTES = 2**20  # are written together
 _RETRY_SECONDS = 30
-_FORMS = (
-    r"^[^/\\\x00-\x1f\x7f]{1,200}\.(csv|tsv|jsonl|ndjson|json|parquet|csv\.gz|tsv\.gz|jsonl\.gz|ndjson\.gz|json\.gz)$"
-)
-_SHA256 = r"^[0-9a-f]{64}$"
-_EXAMPLE_DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
 UploadId = Annotated[str, Path(pattern="^[0-9a-f]{16}$", description="the id of an upload")]
-
-
-class NewUpload(RequestBody):
-    """A file that will be sent."""
-
-    model_config = example({"name": "rows.csv", "bytes": 25_600, "sha256": _EXAMPLE_DIGEST})
-
-    name: str = Field(
-        pattern=_FORMS, description="what it is called; the end says the form, such as `.csv` or `.jsonl.gz`"
-    )
-    bytes: int = Field(ge=1, lt=2**50, description="how many bytes it has")
-    sha256: str = Field(pattern=_SHA256, description="the SHA-256 of its bytes, in hexadecimal digits")
-
-
-class UploadResource(BaseModel):
-    """An upload. A job reads it as `upload:<id>` once it is complete."""
-
-    model_config = example(
-        {
-            "id": "0a1b2c3d4e5f6071",
-            "tenant": "search",
-            "name": "rows.csv",
-            "bytes": 25_600,
-            "sha256": _EXAMPLE_DIGEST,
-            "received": 25_600,
-            "complete": True,
-            "created_at": "2026-03-01T12:00:00.000000+00:00",
-        }
-    )
-
-    id: str
-    tenant: str = Field(description="whose upload it is: the owner of the key that it was begun with")
-    name: str
-    bytes: int = Field(description="how many bytes it has when it is complete")
-    sha256: str
-    received: int = Field(description="how many bytes are here: the offset of the next piece")
-    complete: bool = Field(description="true once all bytes are here and have the SHA-256")
-    created_at: str = Field(description="ISO 8601, UTC")
-
-    @classmethod
-    def of(cls, upload: Upload) -> "UploadResource":
-        """The resource of an upload."""
-        return cls.model_validate(upload, from_attributes=True)
-
-
-class UploadPage(BaseModel):
-    """A page of uploads, the newest first."""
-
-    uploads: list[UploadResource]
-    next: str | None = Field(description="pass this as `cursor` to get the next page; null on the last page")
 
 
 @router.post("", status_code=201)
@@ -93,7 +37,7 @@ def begin_upload(
     limits = (service.stored_bytes, service.most_uploads) if caller.key else (None, None)
     found = uploads.begin(body.name, body.bytes, body.sha256, *limits)
     response.headers["Location"] = f"/v1/uploads/{found.id}"
-    return UploadResource.of(found)
+    return _resource(found)
 
 
 @router.get("")
@@ -105,14 +49,14 @@ def list_uploads(
     """The uploads, the newest first."""
     found = uploads.page(limit + 1, None if cursor is None else Place.parse(cursor))
     shown = found[:limit]
-    following = shown[-1].place.cursor() if len(found) > limit else None
-    return UploadPage(uploads=[UploadResource.of(upload) for upload in shown], next=following)
+    following = Place(*shown[-1].place).cursor() if len(found) > limit else None
+    return UploadPage(uploads=[_resource(upload) for upload in shown], next=following)
 
 
 @router.get("/{upload}")
 def get_upload(upload: UploadId, uploads: Uploads) -> UploadResource:
     """An upload, with how many of its bytes have arrived."""
-    return UploadResource.of(uploads.get(upload))
+    return _resource(uploads.get(upload))
 
 
 @router.put(
@@ -141,7 +85,11 @@ async def put_content(
         if error.errno not in OF_DISKS:
             raise
         raise PartUnavailable("the storage", f"does not take the bytes ({error.strerror})", _RETRY_SECONDS) from error
-    return UploadResource.of(found)
+    return _resource(found)
+
+
+def _resource(upload: Upload) -> UploadResource:
+    return UploadResource.model_validate(upload, from_attributes=True)
 
 
 async def _write(request: Request, file: Arriving) -> None:

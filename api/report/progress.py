@@ -18,6 +18,7 @@ from chainfed_ray.api.report.scores import evaluation_line, is_causal, short_sco
 from chainfed_ray.records.fleet import AdmittedClients
 from chainfed_ray.records.rounds import FailedTurn, JobFinished, JobStarted, Round, complete_fits
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import ModelSpec, PrivacySpec
 from chainfed_ray.units import format_bytes, format_seconds
 
 _RECENT = 5  # how many rounds the estimate of the remaining time is based on
@@ -34,10 +35,10 @@ def time_left(rounds: Sequence[Round], total: int) -> float | None:
     return fmean(record.seconds for record in rounds[-_RECENT:]) * (total - len(rounds))
 
 
-def price(spec: JobSpec, epsilon: float) -> str:
+def price(privacy: PrivacySpec | None, epsilon: float) -> str:
     """The privacy that a job has spent: ``ε 1.00 at δ 1e-5``. The job must have a section ``privacy``."""
-    assert spec.privacy, "only a job with privacy has an ε"
-    return f"ε {epsilon:.2f} at δ {spec.privacy.delta:g}".replace("e-0", "e-")
+    assert privacy, "only a job with privacy has an ε"
+    return f"ε {epsilon:.2f} at δ {privacy.delta:g}".replace("e-0", "e-")
 
 
 class ProgressDisplay:
@@ -161,12 +162,12 @@ class ProgressDisplay:
         if not record.counted:
             self.say("  The round does not count: too few updates for the quorum.")
         if record.evaluation:
-            self.say(evaluation_line(self._spec, record.evaluation))
+            self.say(evaluation_line(self._spec.model, record.evaluation))
         if record.ended:
             self.say(f"Stage {record.stage + 1} (layers {record.bottom}–{record.top}) ends: {record.ended}.")
         if back := record.restored:
             what = "what it began with" if back.round is None else f"its stack after round {back.round + 1}"
-            score = _scored(self._spec, back.loss, back.accuracy)
+            score = _scored(self._spec.model, back.loss, back.accuracy)
             self.say(f"  It goes back to {what}, which has a lower held-out loss: {score}.")
         self._draw()
 
@@ -181,26 +182,26 @@ class ProgressDisplay:
         self._display.end()
         if job_finished.stopped:
             self.say(f"No more rounds ({job_finished.stopped}).")
-        score = short_score(self._spec, job_finished.loss, job_finished.accuracy)
-        if is_causal(self._spec):
+        score = short_score(self._spec.model, job_finished.loss, job_finished.accuracy)
+        if is_causal(self._spec.model):
             self.say(f"Done: the perplexity of the whole chain on the test rows is {score}.")
         else:
             self.say(f"Done: {score} of the test rows are classified right by the whole chain.")
         if job_finished.epsilon is not None:
-            self.say(f"Its client-level privacy: {price(self._spec, job_finished.epsilon)}.")
+            self.say(f"Its client-level privacy: {price(self._spec.privacy, job_finished.epsilon)}.")
 
     def _line(self, record: Round, resumed: bool) -> str:
         assert self._started is not None
         failed = f", {len(record.failed_turns)} failed" if record.failed_turns else ""
         clients = f"{len(record.turns)} clients{failed}"
-        score = _scored(self._spec, record.held_out_loss, record.accuracy)
+        score = _scored(self._spec.model, record.held_out_loss, record.accuracy)
         accuracy = "" if record.accuracy is None else f"  {score}"
         peaks = [turn.peak_bytes for turn in record.turns if turn.peak_bytes is not None]
         peak = f"  peak {format_bytes(max(peaks))}" if peaks else ""
         left = time_left(self._rounds, self._started.total_rounds) or 0.0
         when = "resumed" if resumed else f"≤ {format_seconds(left)} left"
         place = f"round {record.index + 1}/{self._started.total_rounds}"
-        spent = "" if record.epsilon is None else f"  {price(self._spec, record.epsilon)}"
+        spent = "" if record.epsilon is None else f"  {price(self._spec.privacy, record.epsilon)}"
         return f"{place:<12}  layers {record.bottom}–{record.top}  {clients}{accuracy}{spent}{peak}  {when}"
 
     def drawn(self) -> RenderableType:
@@ -228,9 +229,9 @@ class ProgressDisplay:
             "round", f"{done} of {total}" + ("" if left is None else f", at most {format_seconds(left)} left")
         )
         facts.add_row("clients", _clients(job_started, self._rounds))
-        facts.add_row("held out", _held_out(self._spec, self._rounds))
+        facts.add_row("held out", _held_out(self._spec.model, self._rounds))
         if newest and newest.epsilon is not None:
-            facts.add_row("privacy", price(self._spec, newest.epsilon))
+            facts.add_row("privacy", price(self._spec.privacy, newest.epsilon))
         facts.add_row("memory", _memory(job_started, self._rounds))
         return Panel(Group(facts, ProgressBar(total=total, completed=done)), title=self._name, title_align="left")
 
@@ -245,9 +246,9 @@ def _exits(job_started: JobStarted) -> list[str]:
     return exits
 
 
-def _scored(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:
-    score = short_score(spec, loss, accuracy)
-    return f"perplexity {score}" if is_causal(spec) else f"{score} right"
+def _scored(model: ModelSpec, loss: float | None, accuracy: float | None) -> str:
+    score = short_score(model, loss, accuracy)
+    return f"perplexity {score}" if is_causal(model) else f"{score} right"
 
 
 def _chain(job_started: JobStarted, newest: Round | None) -> Text:
@@ -284,14 +285,14 @@ def _clients(job_started: JobStarted, rounds: Sequence[Round]) -> str:
     return f"{last}{job_started.taking_part - exceeded} take part, {excluded}"
 
 
-def _held_out(spec: JobSpec, rounds: Sequence[Round]) -> str:
+def _held_out(model: ModelSpec, rounds: Sequence[Round]) -> str:
     known = [record for record in rounds if record.accuracy is not None]
     if not known:
         return "not measured yet"
-    newest = short_score(spec, known[-1].held_out_loss, known[-1].accuracy)
-    if is_causal(spec):
+    newest = short_score(model, known[-1].held_out_loss, known[-1].accuracy)
+    if is_causal(model):
         least = min((record.held_out_loss for record in known if record.held_out_loss is not None), default=None)
-        return f"perplexity {newest} on the validation rows (best {short_score(spec, least, 0)})"
+        return f"perplexity {newest} on the validation rows (best {short_score(model, least, 0)})"
     return f"{newest} of the validation rows (best {max(record.accuracy or 0 for record in known):.1%})"
 
 

@@ -13,6 +13,7 @@ from chainfed_ray.records.result import StageMemory
 from chainfed_ray.records.rounds import HeadFit, JobFinished, JobStarted, Round
 from chainfed_ray.spec.fleet import PartitionSpec
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import ChainSpec, ModelSpec
 from chainfed_ray.units import format_bytes, format_seconds
 
 _MIB = 2**20
@@ -27,7 +28,7 @@ def results(
     parts: list[RenderableType] = [
         _summary(spec, job_started, rounds, job_finished),
         "",
-        _stages(spec, rounds),
+        _stages(spec.model, spec.chain, rounds),
         "",
         _fleet(classes),
         "",
@@ -40,7 +41,7 @@ def results(
 
 def _summary(spec: JobSpec, job_started: JobStarted, rounds: Sequence[Round], job_finished: JobFinished) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_row(*_score(spec, job_finished))
+    table.add_row(*_score(spec.model, job_finished))
     form = "" if spec.model.quantization == "none" else f", matrices in {spec.model.quantization.upper()}"
     table.add_row("base model", f"{spec.model.base}, {job_started.layers} layers, frozen{form}")
     table.add_row("chain", f"layers {job_started.start_layer}–{job_started.layers - 1}, {job_started.window} at a time")
@@ -58,7 +59,7 @@ def _summary(spec: JobSpec, job_started: JobStarted, rounds: Sequence[Round], jo
     if job_finished.stopped:
         table.add_row("stopped", job_finished.stopped)
     if job_finished.epsilon is not None:
-        table.add_row("privacy", f"{price(spec, job_finished.epsilon)}, client-level")
+        table.add_row("privacy", f"{price(spec.privacy, job_finished.epsilon)}, client-level")
     return table
 
 
@@ -68,9 +69,9 @@ def _sums(fits: Sequence[HeadFit]) -> str:
     return f"sums of {clients} clients, who sent {sent} for it"
 
 
-def _score(spec: JobSpec, job_finished: JobFinished) -> tuple[str, Text]:
-    score = (short_score(spec, job_finished.loss, job_finished.accuracy), "bold")
-    if is_causal(spec):
+def _score(model: ModelSpec, job_finished: JobFinished) -> tuple[str, Text]:
+    score = (short_score(model, job_finished.loss, job_finished.accuracy), "bold")
+    if is_causal(model):
         return "test perplexity", Text.assemble(score, f" ({job_finished.accuracy:.1%} of the tokens right)")
     f1 = job_finished.evaluation.macro_f1 if job_finished.evaluation else None
     loss = "not finite" if job_finished.loss is None else f"{job_finished.loss:.3f}"
@@ -85,11 +86,11 @@ def _scheme(partition: PartitionSpec) -> str:
     return f"{partition.scheme}, {option}"
 
 
-def _stages(spec: JobSpec, rounds: Sequence[Round]) -> Table:
+def _stages(model: ModelSpec, chain: ChainSpec, rounds: Sequence[Round]) -> Table:
     """The held-out scores at the end of each stage: of the early exit, and of the whole model."""
     table = Table(box=None, header_style="bold", pad_edge=False, caption_justify="left", caption_style="dim")
-    score = "perplexity" if is_causal(spec) else "accuracy"
-    exit_words = "the model's end" if spec.chain.look_ahead == "exact" else "cut at the window's top (early exit)"
+    score = "perplexity" if is_causal(model) else "accuracy"
+    exit_words = "the model's end" if chain.look_ahead == "exact" else "cut at the window's top (early exit)"
     table.caption = f"held-out {score}: {exit_words}, and whole model"
     for name in ("stage", "layers", "rounds", "cut", "whole"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -97,8 +98,8 @@ def _stages(spec: JobSpec, rounds: Sequence[Round]) -> Table:
     for record in rounds:
         if record.ended:
             count = sum(other.stage == record.stage for other in rounds)
-            cut, evaluation = short_score(spec, record.kept_loss, record.kept_accuracy), record.evaluation
-            whole = short_score(spec, evaluation.loss, evaluation.accuracy) if evaluation else "–"
+            cut, evaluation = short_score(model, record.kept_loss, record.kept_accuracy), record.evaluation
+            whole = short_score(model, evaluation.loss, evaluation.accuracy) if evaluation else "–"
             layers = f"{record.bottom}–{record.top}"
             table.add_row(str(record.stage + 1), layers, str(count), cut, whole, record.ended + _restored(record))
     return table

@@ -1,31 +1,33 @@
 """Writes scores out: the accuracy of a classifier, the perplexity of a language model."""
 
 from chainfed_ray.records.rounds import Evaluation
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import ModelSpec
 from chainfed_ray.units import format_bytes, format_seconds, perplexity
 
 
-def is_causal(spec: JobSpec) -> bool:
-    """True if the job tunes a causal language model, and False for a classifier."""
-    return spec.model.task == "causal-lm"
+def is_causal(model: ModelSpec) -> bool:
+    """True if the job tunes ``model`` as a causal language model, and False for a classifier."""
+    return model.task == "causal-lm"
 
 
-def short_score(spec: JobSpec, loss: float | None, accuracy: float | None) -> str:
+def short_score(model: ModelSpec, loss: float | None, accuracy: float | None) -> str:
     """A classifier's accuracy, such as "72.8%", or a language model's perplexity, such as "14.2".
 
     A dash if nothing was measured, or the loss was not finite.
     """
-    if is_causal(spec):
+    if is_causal(model):
         return "–" if loss is None or accuracy is None else f"{perplexity(loss):.4g}"
     return "–" if accuracy is None else f"{accuracy:.1%}"
 
 
-def evaluation_line(spec: JobSpec, found: Evaluation) -> str:
+def evaluation_line(model: ModelSpec, found: Evaluation) -> str:
     """An evaluation of the whole model in a sentence."""
     if found.loss is None:
         return f"The whole model could not be evaluated by {found.engine}: {found.failure}"
-    if is_causal(spec):
-        scores = f"perplexity {short_score(spec, found.loss, found.accuracy)}, {found.accuracy:.1%} of the tokens right"
+    if is_causal(model):
+        scores = (
+            f"perplexity {short_score(model, found.loss, found.accuracy)}, {found.accuracy:.1%} of the tokens right"
+        )
     else:
         scores = f"{found.accuracy:.1%} right, macro-F1 {found.macro_f1:.3f}"
     if found.choice_accuracy is not None:

@@ -16,24 +16,23 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
-from chainfed_ray.api.rest.job_file import StrictRoute
-from chainfed_ray.api.rest.models import served
-from chainfed_ray.api.rest.openai_schemas import (
+from chainfed_ray.api.resources.completions import (
     AssistantMessage,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
-    ChatLogprobs,
     ChatRequest,
     Completion,
     CompletionChoice,
-    CompletionLogprobs,
     CompletionRequest,
     Delta,
     GenerationOptions,
     Usage,
 )
+from chainfed_ray.api.resources.logprobs import ChatLogprobs, CompletionLogprobs
+from chainfed_ray.api.rest.job_file import StrictRoute
+from chainfed_ray.api.rest.models import served
 from chainfed_ray.api.rest.service import Jobs, Service, WithService, while_connected
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.errors import ChainFedError

@@ -9,9 +9,8 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from chainfed_ray.api.rest.job_file import StrictRoute
-from chainfed_ray.api.rest.schemas import (
-    LONGEST_NAME,
+from chainfed_ray.api.resources.bodies import LONGEST_NAME
+from chainfed_ray.api.resources.models import (
     AliasList,
     AliasResource,
     AliasTargets,
@@ -23,6 +22,8 @@ from chainfed_ray.api.rest.schemas import (
     ModelTask,
     ServedModel,
 )
+from chainfed_ray.api.rest.job_file import StrictRoute
+from chainfed_ray.api.rest.served_models import exit_of, of_base, of_job, of_round
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.versions import ModelName, exits_of, name_of_exit, trained
@@ -74,7 +75,7 @@ def _listed(jobs: JobStore, after: str | None, limit: int | None) -> Iterator[Se
     """At least ``limit`` models, if there are as many: the bases, and models with their exits, in the order of the list."""
     stem, _, layers = ModelName.of(after or "")
     if ":" not in stem:
-        yield from (ServedModel.of_base(record) for record in jobs.bases() if record.model.partition(":")[0] > stem)
+        yield from (of_base(record) for record in jobs.bases() if record.model.partition(":")[0] > stem)
     first = stem if ":" in stem else None
     for record in jobs.models(first, None if limit is None else limit + 1):
         known = (layers or 0) if record.model == first else -1  # of its exits, those up to here were listed before
@@ -179,12 +180,12 @@ def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
         key = _key(found.record.spec["model"], found.record.id)._replace(
             round=found.stack.index, moving=None if isinstance(wanted, int) else wanted
         )
-        return Found(ServedModel.of_round(found), key, found.record.id)
+        return Found(of_round(found), key, found.record.id)
     if ":" in name and (record := jobs.model(name)):
-        return Found(ServedModel.of(record), _key(record.spec["model"], record.id), record.id)
+        return Found(of_job(record), _key(record.spec["model"], record.id), record.id)
     if ":" not in name and (records := jobs.on_base(name, _MOST_COMPARED)):
         record = next((record for record in records if record.spec["model"]["task"] == task), records[0])
-        return Found(ServedModel.of_base(record), _key(record.spec["model"], None), record.id)
+        return Found(of_base(record), _key(record.spec["model"], None), record.id)
     if ":" not in name and (shares := jobs.aliases.get(name)):
         tenant, slash, _ = name.rpartition("/")
         target = f"{tenant}{slash}{choices(list(shares), list(shares.values()))[0]}"
@@ -213,15 +214,15 @@ def _exit(jobs: JobStore, name: str) -> Found:
         raise InvalidJob.at("model", name, expected)
     if version == "latest":
         training = trained(jobs, stem, version)
-        whole = ServedModel.of_round(training).model_copy(update={"name": f"{stem}@latest"}) if training else None
+        whole = of_round(training).model_copy(update={"name": f"{stem}@latest"}) if training else None
         record, scores = (training.record, training.exits) if training else (None, ())
     else:
         record = jobs.model(stem)
-        whole, scores = (ServedModel.of(record), exits_of(record)) if record else (None, [])
+        whole, scores = (of_job(record), exits_of(record)) if record else (None, [])
     if record is None or whole is None:
         raise _not_found(jobs, name)
     if score := next((score for score in scores if score.layers == layers), None):
-        return Found(whole.exit(score), _key(record.spec["model"], record.id)._replace(layers=layers), record.id)
+        return Found(exit_of(whole, score), _key(record.spec["model"], record.id)._replace(layers=layers), record.id)
     there = " or ".join(name_of_exit(whole.name, score.layers) for score in scores)
     expected = f"{there}, or without #layers the whole model" if there else "no #layers: this model has no early exits"
     raise InvalidJob.at("model", name, expected)
@@ -229,8 +230,8 @@ def _exit(jobs: JobStore, name: str) -> Found:
 
 def _with_exits(record: JobRecord) -> list[ServedModel]:
     """The model of a job that has succeeded, and its early exits."""
-    whole = ServedModel.of(record)
-    return [whole, *(whole.exit(score) for score in exits_of(record))]
+    whole = of_job(record)
+    return [whole, *(exit_of(whole, score) for score in exits_of(record))]
 
 
 def _not_found(jobs: JobStore, name: str) -> ModelNotFound:

@@ -10,15 +10,14 @@ from typing import Annotated, get_args
 from fastapi import APIRouter, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from pydantic import BaseModel, Field
 
+from chainfed_ray.api.resources.monitoring import AuditEntry, AuditPage, Health
 from chainfed_ray.api.rest.job_file import StrictRoute
-from chainfed_ray.api.rest.schemas import Health
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.totals import JobTotals, TotalsOfJobs
-from chainfed_ray.cluster.tables import AT_WORK, FINISHED, Status
 from chainfed_ray.records.rounds import Evaluation
+from chainfed_ray.records.states import AT_WORK, FINISHED, Status
 
 router = APIRouter(tags=["health"], route_class=StrictRoute)
 
@@ -54,27 +53,6 @@ def metrics(service: WithService, jobs: Jobs, caller: Caller) -> Response:
     totals = service.totals[None if caller.sees_everything else caller.tenant]
     found = _Metrics(jobs, totals, by_tenant=caller.sees_everything and bool(caller.key))
     return Response(generate_latest(found), media_type=CONTENT_TYPE_LATEST)
-
-
-class AuditEntry(BaseModel):
-    """Something that was changed, or refused."""
-
-    number: int
-    at: str = Field(description="ISO 8601, UTC")
-    tenant: str | None = Field(description="whose key the request had; null if it had none that is valid")
-    key: str | None = Field(description="the id of the key; null if there was none")
-    action: str = Field(description="a route, or a command of the operator's")
-    target: str = Field(description="the path of the request, or of what it made")
-    address: str = Field(description="where the request came from")
-    outcome: str = Field(description="the status of the answer; `done` for a command")
-    request: str | None = Field(description="the id of the request, which the service's log has as well")
-
-
-class AuditPage(BaseModel):
-    """A page of the audit log."""
-
-    entries: list[AuditEntry]
-    next: int | None = Field(description="`before` of the next page; null on the last one")
 
 
 @router.get("/v1/audit")

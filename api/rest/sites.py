@@ -13,7 +13,7 @@ from chainfed_ray.api.rest.files import SentFile
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, WithService
 from chainfed_ray.cluster.sites.mailbox import site_address
-from chainfed_ray.site.envelope import (
+from chainfed_ray.wire.envelope import (
     KEPT_ANSWER,
     MOST_CHARACTERS,
     PROTOCOL,

@@ -1,7 +1,7 @@
 """The calls of the REST API, each described once: what is sent, and the model of the answer, which is the route's own.
 
-The models are imported when the first answer is looked at: the routes' modules take a second, for which a program that takes
-answers as JSON (``Client.json``) does not wait.
+The models are imported when the first answer is looked at: a program that takes answers as JSON (``Client.json``) does not wait
+for them.
 """
 
 from __future__ import annotations
@@ -15,22 +15,13 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 if TYPE_CHECKING:
-    from chainfed_ray.api.jobs.artifacts import ArtifactList
-    from chainfed_ray.api.jobs.logs import LogPage
-    from chainfed_ray.api.jobs.resources import JobPage, JobResource
-    from chainfed_ray.api.jobs.routes import ClientPage
-    from chainfed_ray.api.jobs.uploads import UploadPage, UploadResource
-    from chainfed_ray.api.rest.monitoring import AuditPage
-    from chainfed_ray.api.rest.openai_schemas import ChatCompletion, Completion
-    from chainfed_ray.api.rest.schemas import (
-        AliasList,
-        AliasResource,
-        ClassifyResponse,
-        EventPage,
-        Health,
-        ModelList,
-        ServedModel,
-    )
+    from chainfed_ray.api.resources.artifacts import ArtifactList
+    from chainfed_ray.api.resources.completions import ChatCompletion, Completion
+    from chainfed_ray.api.resources.events import EventPage, LogPage
+    from chainfed_ray.api.resources.jobs import ClientPage, JobPage, JobResource
+    from chainfed_ray.api.resources.models import AliasList, AliasResource, ClassifyResponse, ModelList, ServedModel
+    from chainfed_ray.api.resources.monitoring import AuditPage, Health
+    from chainfed_ray.api.resources.uploads import UploadPage, UploadResource
     from chainfed_ray.records.forecast import Forecast
 
 Answer = TypeVar("Answer", bound=BaseModel | None)
@@ -79,24 +70,24 @@ class Call(Generic[Answer]):
 
 
 _NO_BODY: Model[None] = Model("", "")
-_JOB: Model[JobResource] = Model("api.jobs.resources", "JobResource")
-_JOBS: Model[JobPage] = Model("api.jobs.resources", "JobPage")
-_CLIENTS: Model[ClientPage] = Model("api.jobs.routes", "ClientPage")
+_JOB: Model[JobResource] = Model("api.resources.jobs", "JobResource")
+_JOBS: Model[JobPage] = Model("api.resources.jobs", "JobPage")
+_CLIENTS: Model[ClientPage] = Model("api.resources.jobs", "ClientPage")
 _FORECAST: Model[Forecast] = Model("records.forecast", "Forecast")
-_EVENTS: Model[EventPage] = Model("api.rest.schemas", "EventPage")
-_LOGS: Model[LogPage] = Model("api.jobs.logs", "LogPage")
-_ARTIFACTS: Model[ArtifactList] = Model("api.jobs.artifacts", "ArtifactList")
-_MODELS: Model[ModelList] = Model("api.rest.schemas", "ModelList")
-_MODEL: Model[ServedModel] = Model("api.rest.schemas", "ServedModel")
-_ALIASES: Model[AliasList] = Model("api.rest.schemas", "AliasList")
-_ALIAS: Model[AliasResource] = Model("api.rest.schemas", "AliasResource")
-_LABELS: Model[ClassifyResponse] = Model("api.rest.schemas", "ClassifyResponse")
-_COMPLETION: Model[Completion] = Model("api.rest.openai_schemas", "Completion")
-_CHAT: Model[ChatCompletion] = Model("api.rest.openai_schemas", "ChatCompletion")
-_UPLOADS: Model[UploadPage] = Model("api.jobs.uploads", "UploadPage")
-UPLOAD: Model[UploadResource] = Model("api.jobs.uploads", "UploadResource")
-_HEALTH: Model[Health] = Model("api.rest.schemas", "Health")
-_AUDIT: Model[AuditPage] = Model("api.rest.monitoring", "AuditPage")
+_EVENTS: Model[EventPage] = Model("api.resources.events", "EventPage")
+_LOGS: Model[LogPage] = Model("api.resources.events", "LogPage")
+_ARTIFACTS: Model[ArtifactList] = Model("api.resources.artifacts", "ArtifactList")
+_MODELS: Model[ModelList] = Model("api.resources.models", "ModelList")
+_MODEL: Model[ServedModel] = Model("api.resources.models", "ServedModel")
+_ALIASES: Model[AliasList] = Model("api.resources.models", "AliasList")
+_ALIAS: Model[AliasResource] = Model("api.resources.models", "AliasResource")
+_LABELS: Model[ClassifyResponse] = Model("api.resources.models", "ClassifyResponse")
+_COMPLETION: Model[Completion] = Model("api.resources.completions", "Completion")
+_CHAT: Model[ChatCompletion] = Model("api.resources.completions", "ChatCompletion")
+_UPLOADS: Model[UploadPage] = Model("api.resources.uploads", "UploadPage")
+UPLOAD: Model[UploadResource] = Model("api.resources.uploads", "UploadResource")
+_HEALTH: Model[Health] = Model("api.resources.monitoring", "Health")
+_AUDIT: Model[AuditPage] = Model("api.resources.monitoring", "AuditPage")
 
 
 def plan_job(document: Json) -> Call[Forecast]:

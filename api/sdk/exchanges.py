@@ -29,10 +29,11 @@ from chainfed_ray.errors import (
 )
 
 if TYPE_CHECKING:
-    from chainfed_ray.api.jobs.uploads import UploadResource
-    from chainfed_ray.api.rest.openai_schemas import CompletionChoice
-    from chainfed_ray.api.rest.schemas import ClassifyResponse, EventResource
-    from chainfed_ray.cluster.files.job_log import LogLine
+    from chainfed_ray.api.resources.completions import CompletionChoice
+    from chainfed_ray.api.resources.events import EventResource
+    from chainfed_ray.api.resources.models import ClassifyResponse
+    from chainfed_ray.api.resources.uploads import UploadResource
+    from chainfed_ray.records.log_line import LogLine
 
 _GIVE_UP_SECONDS = 120.0  # a service that fails starts again within a minute, on an idle machine
 _PAUSE_SECONDS = 0.5
@@ -122,10 +123,10 @@ class Exchange(Generic[Answer]):
     answer: Model[Answer]
 
 
-_EVENT: Model[EventResource] = Model("api.rest.schemas", "EventResource")
-_LINE: Model[LogLine] = Model("cluster.files.job_log", "LogLine")
-_CHOICE: Model[CompletionChoice] = Model("api.rest.openai_schemas", "CompletionChoice")
-_LABELS: Model[ClassifyResponse] = Model("api.rest.schemas", "ClassifyResponse")
+_EVENT: Model[EventResource] = Model("api.resources.events", "EventResource")
+_LINE: Model[LogLine] = Model("records.log_line", "LogLine")
+_CHOICE: Model[CompletionChoice] = Model("api.resources.completions", "CompletionChoice")
+_LABELS: Model[ClassifyResponse] = Model("api.resources.models", "ClassifyResponse")
 _NOTHING: Model[None] = Model("", "")
 
 

@@ -7,9 +7,9 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from chainfed_ray.api.jobs import artifacts, control, logs, routes, uploads
+from chainfed_ray.api.resources.problems import ProblemDetails
 from chainfed_ray.api.rest import completions, embeddings, events, models, monitoring, sites
 from chainfed_ray.api.rest.errors import handle_errors
-from chainfed_ray.api.rest.schemas import ProblemDetails
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.document import describe, operation_id

@@ -11,99 +11,18 @@ The temperature corrects this (Guo et al., 2017). Both are chosen for the least 
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.client.head_sums import TEMPERATURES, ClassSums
 
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 0.6)
-_LOWEST, _HIGHEST = 0.05, 100.0  # the range of temperatures
-TEMPERATURES = tuple(float(heat) for heat in np.geomspace(_LOWEST, _HIGHEST, 60))  # neighbours differ by an eighth
+_LOWEST, _HIGHEST = TEMPERATURES[0], TEMPERATURES[-1]
 _NARROWINGS = 40  # steps of the search, each cutting the range by a third: the result is exact to a millionth
 _NO_EXAMPLE = 0.5  # a class without examples counts as half an example, so that its log-frequency is finite
 _LEAST_VARIANCE = 1e-4  # the least variance of a feature, relative to its mean square
-_SLACK = 1.01  # allows for rounding in float32
-
-
-@dataclass(frozen=True)
-class ClassSums:
-    """Sums over the features f [F] of examples of C classes, in float32 or float64."""
-
-    counts: Tensor  # [C]: examples of each class
-    sums: Tensor  # [C, F]: Σ f for each class
-    products: Tensor  # [F, F]: Σ f fᵀ over all examples
-
-    @classmethod
-    def zeros(cls, classes: int, features: int, dtype: torch.dtype = torch.float32) -> "ClassSums":
-        """The sums over no examples."""
-        return cls(
-            torch.zeros(classes, dtype=dtype),
-            torch.zeros(classes, features, dtype=dtype),
-            torch.zeros(features, features, dtype=dtype),
-        )
-
-    def count(self, features: Tensor, labels: Tensor) -> None:
-        """Add B examples, with features [B, F] and labels [B]."""
-        self.counts.index_add_(0, labels, torch.ones(len(labels), dtype=self.counts.dtype))
-        self.sums.index_add_(0, labels, features)
-        self.products.addmm_(features.T, features)
-
-    def add(self, other: "ClassSums") -> None:
-        """Add the sums over other examples."""
-        self.counts.add_(other.counts)
-        self.sums.add_(other.sums)
-        self.products.add_(other.products)
-
-    def impossible(self, examples: int) -> str | None:
-        """The reason why these cannot be the sums over ``examples`` examples, or None if they can.
-
-        Features come from LayerNorms, so the squares of an example's F features add up to F at most.
-        """
-        size = self.sums.shape[1]
-        if (self.counts < 0).any() or (self.counts != self.counts.round()).any() or self.counts.sum() != examples:
-            return f"it counts {self.counts.sum():g} examples, not {examples}"
-        if (self.sums.norm(dim=1) > _SLACK * size**0.5 * self.counts + _SLACK - 1).any():
-            return "its features are larger than any that a LayerNorm gives"
-        if not 0 <= self.products.trace() <= _SLACK * size * examples:
-            return "its products are larger than any of features from a LayerNorm"
-        # Of any features, |Σ f_i f_j| is at most the root of Σ f_i² · Σ f_j².
-        roots = self.products.diagonal().clamp(min=0).sqrt()
-        if (self.products.abs() > _SLACK * torch.outer(roots, roots) + _SLACK - 1).any():
-            return "its products are not those of any features"
-        return None
-
-    def tensors(self) -> Tensors:
-        """The sums by name, as they are sent: of the symmetric products only the lower half, [F (F + 1) / 2]."""
-        size = len(self.products)
-        half = self.products.new_empty(size * (size + 1) // 2)
-        for row, (start, end) in enumerate(_rows_of_half(size)):
-            half[start:end] = self.products[row, : row + 1]  # row by row: all views at once would take megabytes
-        return {"counts": self.counts, "sums": self.sums, "products": half}
-
-    @classmethod
-    def of(cls, tensors: Tensors) -> "ClassSums":
-        """The sums whose ``tensors()`` were sent."""
-        counts, sums, half = (tensors[name] for name in ("counts", "sums", "products"))
-        size = sums.shape[1]
-        products = half.new_empty(size, size)
-        for row, (start, end) in enumerate(_rows_of_half(size)):
-            products[row, : row + 1] = products[: row + 1, row] = half[start:end]
-        return cls(counts, sums, products)
-
-
-def largest(features: int) -> float:
-    """A bound of what an example adds to any entry of ``ClassSums`` that are possible, with F = ``features``."""
-    return 2.0 * features
-
-
-def _rows_of_half(size: int) -> Iterator[tuple[int, int]]:
-    """The start and the end of each row of a lower triangle, in the flat tensor of its rows end to end."""
-    return ((row * (row + 1) // 2, (row + 1) * (row + 2) // 2) for row in range(size))
 
 
 def discriminant(sums: ClassSums, shrinkage: float) -> tuple[Tensor, Tensor]:
@@ -161,16 +80,6 @@ def candidates(sums: ClassSums) -> list[tuple[Tensor, Tensor]]:
         if weight.isfinite().all() and bias.isfinite().all():
             found.append((weight.float(), bias.float()))
     return found
-
-
-def grid_losses(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> tuple[tuple[float, ...], int]:
-    """The loss of a classifier at each of ``TEMPERATURES``, in nats, and how many examples it gets right.
-
-    Both are sums over ``features`` [n, F] with ``labels`` [n], so those of several sets add up.
-    """
-    logits = features.double() @ weight.double().T + bias.double()
-    losses = tuple(float(cross_entropy(logits / heat, labels, reduction="sum")) for heat in TEMPERATURES)
-    return losses, int((logits.argmax(1) == labels).sum())
 
 
 def _calibration(logits: Tensor, labels: Tensor) -> float:

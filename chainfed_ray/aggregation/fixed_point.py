@@ -103,12 +103,6 @@ class FixedPointSums:
         self._sums[name] = self._sums[name].add_(whole) if name in self._sums else whole
 
 
-def change(start: Tensor, trained: Tensor) -> Tensor:
-    """``trained`` − ``start`` as a new contiguous tensor in float64."""
-    copy = trained.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-    return copy.sub_(start)
-
-
 def beyond(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], bound: float) -> str | None:
     """The reason why changes from ``start`` to ``trained`` are not taken, or None: an entry's is beyond ``bound``."""
     for name, tensor in trained.items():

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from chainfed_ray.aggregation.fixed_point import MOST_CHANGE, FixedPoint, FixedPointSums, beyond, change
-from chainfed_ray.model.adapters import Tensors, rank_axis
+from chainfed_ray.aggregation.fixed_point import MOST_CHANGE, FixedPoint, FixedPointSums, beyond
+from chainfed_ray.model.adapters import Tensors, change, rank_axis
 
 
 class RunningMean:

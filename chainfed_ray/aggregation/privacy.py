@@ -7,7 +7,7 @@ m = ``rounds.clients`` clients. Each contributes Δ, the change of the tensors t
 
 So a single client moves the sum by C at most, whoever answers. Either the server adds the noise to the sum, or each client
 adds a share of it, N(0, z² C² / m), to its own update. The server then adds the shares of clients that did not answer.
-``accountant.py`` computes the privacy that this gives.
+``planning/accountant.py`` computes the privacy that this gives.
 
 The noise must be secret. It must also be the same when a round is run again, because two draws of noise on one update would
 reveal more than one. So keyed hashes derive it from a secret of the job, 256 bits that are drawn once (``CommitLog.secret``):
@@ -17,63 +17,17 @@ tensor gives the bits of the noise.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from hashlib import blake2b, shake_256
+from dataclasses import replace
+from hashlib import blake2b
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_ray.aggregation.fixed_point import MOST_CHANGE, FixedPoint, FixedPointSums, beyond, change
+from chainfed_ray.aggregation.fixed_point import MOST_CHANGE, FixedPoint, FixedPointSums, beyond
 from chainfed_ray.chain import Window
-from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.client.privacy import ClientPrivacy, Noise, clip_factor
+from chainfed_ray.model.adapters import Tensors, change
 from chainfed_ray.spec.sections import PrivacySpec
-
-CHUNK = 4096  # values whose noise is drawn at once; each takes about 56 bytes meanwhile
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Gaussian noise with the standard deviation ``deviation``. The same ``key`` always gives the same noise."""
-
-    deviation: float
-    key: bytes = field(repr=False)
-
-    def add_to(self, name: str, value: Tensor) -> None:
-        """Add the noise of the tensor called ``name`` to its ``value`` (float64, contiguous), in place."""
-        for place, chunk in enumerate(value.view(-1).split(CHUNK)):
-            chunk.add_(torch.from_numpy(self._drawn(f"{name}/{place}", len(chunk))))
-
-    def _drawn(self, name: str, count: int) -> np.ndarray:
-        pairs = (count + 1) // 2
-        words = np.frombuffer(shake_256(self.key + name.encode()).digest(16 * pairs), "<u8")
-        uniform = ((words >> 11) + 0.5) * 2.0**-53  # 53 bits each; never 0, since the next line takes the logarithm
-        # The transform of Box and Muller (1958): two uniform numbers give two independent Gaussian ones.
-        radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), 2 * math.pi * uniform[pairs:]
-        gaussian: np.ndarray = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
-        return gaussian * self.deviation
-
-
-@dataclass(frozen=True)
-class ClientPrivacy:
-    """What a client does with its update before it sends it: it clips it to the L2 norm ``clip`` and adds ``noise``, if any."""
-
-    clip: float
-    noise: Noise | None
-
-    def applied(self, start: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Tensors:
-        """The tensors to send: every tensor of ``start``, plus its clipped change if it is in ``trained``, plus noise.
-
-        Where noise is added, even a tensor is sent that was not trained.
-        """
-        factor = clip_factor(start, trained, self.clip)
-        sent: Tensors = {}
-        for name, tensor in start.items():  # one tensor at a time and in place, to save the client's memory
-            value = change(tensor, trained[name]).mul_(factor) if name in trained else _zeros(tensor)
-            if self.noise:
-                self.noise.add_to(name, value)
-            sent[name] = value.add_(tensor).float()
-        return sent
 
 
 class PrivateMean:
@@ -117,10 +71,11 @@ class PrivateMean:
 
     def moved(self, name: str) -> Tensor:
         """The new value of the tensor called ``name``, in float64."""
-        noised = self._sums.total(name) if self._sums.weights[name] else _zeros(self._start[name])
+        start = self._start[name]
+        noised = self._sums.total(name) if self._sums.weights[name] else torch.zeros(start.shape, dtype=torch.float64)
         if missing := self._missing():
             missing.add_to(name, noised)
-        return noised.div_(self._clients).add_(self._start[name])
+        return noised.div_(self._clients).add_(start)
 
     def _missing(self) -> Noise | None:
         """The noise that is still to be added here; None if the clients have added all of it."""
@@ -128,13 +83,6 @@ class PrivateMean:
             return self.noise
         share = 1 - self._answered / self._clients
         return replace(self.noise, deviation=self.noise.deviation * math.sqrt(share)) if share else None
-
-
-def clip_factor(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], bound: float) -> float:
-    """min(1, C / |Δ|₂), where C is ``bound`` and Δ the change of all ``trained`` tensors together."""
-    squares = (float(change(start[name], tensor).square_().sum()) for name, tensor in trained.items())
-    norm = math.sqrt(math.fsum(squares))
-    return min(1.0, bound / norm) if norm else 1.0
 
 
 def private_mean(spec: PrivacySpec, secret: bytes, index: int, start: Tensors, clients: int) -> PrivateMean:
@@ -164,10 +112,6 @@ def client_privacy(
 def sampling_seed(secret: bytes) -> int:
     """The seed of client sampling. It is secret, unlike the job's seed: ε is right only while nobody knows the samples."""
     return int.from_bytes(key_of(secret, "sample"))
-
-
-def _zeros(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=torch.float64)
 
 
 def key_of(secret: bytes, *names: str | int) -> bytes:

@@ -1,8 +1,8 @@
 """The first pass: it runs every example of a client once through the base model, before the first round.
 
 An untrained adapter is the identity (adapters.py), so a new chain computes what the base model computes. This one pass gives
-the CKA profile that decides where the chain starts (cka.py), the features to which the first stage's head is fitted in closed
-form (discriminant.py), and the activations that enter the first window in training (prefix.py).
+the CKA profile that decides where the chain starts (profiling.py), the features to which the first stage's head is fitted in
+closed form (head_sums.py), and the activations that enter the first window in training (prefix.py).
 """
 
 from collections.abc import Iterator

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from chainfed_ray.aggregation.privacy import ClientPrivacy
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.objective import GlobalTrains, Objective
+from chainfed_ray.client.privacy import ClientPrivacy
 from chainfed_ray.client.survey import SiteRows
 from chainfed_ray.data.tokens import ExampleCounts, Examples
 from chainfed_ray.model.adapters import Tensors
@@ -137,7 +137,7 @@ class Calibrating:
 
 @dataclass(frozen=True)
 class HeadLosses:
-    """The result of trying S classifiers on ``examples`` examples at T temperatures (``discriminant.TEMPERATURES``).
+    """The result of trying S classifiers on ``examples`` examples at T temperatures (``head_sums.TEMPERATURES``).
 
     ``losses`` [S][T] are sums in nats, and ``correct`` [S] counts the examples that a classifier gets right.
     """

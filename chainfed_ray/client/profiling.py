@@ -1,4 +1,9 @@
-"""A client's profiling turn: it computes the CKA between each layer's output and the embeddings (FOAT, paper section 3.4)."""
+"""A client's profiling turn: it computes the CKA between each layer's output and the embeddings (FOAT, paper section 3.4).
+
+Linear CKA is the similarity of a layer's output to the embeddings (Kornblith et al., 2019). The Hilbert-Schmidt independence
+criterion is estimated without bias (Song et al., 2012). The usual, biased estimator tends to 1 as the examples get fewer, so
+clients with few examples would move the start of the chain.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_ray.client.cka import debiased_cka
 from chainfed_ray.client.entrance import matrix_reader, prefix_runner
 from chainfed_ray.client.first_pass import FirstPass, StartGuess
 from chainfed_ray.client.messages import Client, Profile, Profiling
@@ -18,6 +22,8 @@ from chainfed_ray.data.tokens import Examples
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
+
+FEWEST = 4  # the fewest examples for which the unbiased estimator is defined
 
 
 @torch.no_grad()
@@ -79,3 +85,31 @@ def _embedded(runner: PrefixRunner, examples: Examples) -> Tensor:
         hidden, _ = runner.blocks.embed(batch.ids, batch.mask)
         means[torch.from_numpy(indices)] = mean_over_tokens(hidden.double(), batch.mask)
     return means
+
+
+def debiased_cka(first: Tensor, second: Tensor) -> float:
+    """Linear CKA of two representations [n, D1] and [n, D2] of the same n examples, at most 1.
+
+    Raises:
+        ValueError: there are fewer than ``FEWEST`` examples.
+    """
+    if len(first) < FEWEST:
+        raise ValueError(f"CKA needs {FEWEST} examples or more, not {len(first)}")
+    gram_first, gram_second = _gram(first), _gram(second)
+    scale = (_hsic(gram_first, gram_first) * _hsic(gram_second, gram_second)).clamp(min=0).sqrt()
+    # If a representation is constant, CKA is not defined; it then counts as dissimilar.
+    return float(_hsic(gram_first, gram_second) / scale) if scale > 0 else 0.0
+
+
+def _gram(representation: Tensor) -> Tensor:
+    centred = representation.double() - representation.double().mean(0)
+    return (centred @ centred.T).fill_diagonal_(0)
+
+
+def _hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741  the paper's letters
+    """The unbiased estimator (Song et al., 2012, equation 5) without its constant factor, which cancels in CKA.
+
+    ``k`` and ``l`` are Gram matrices [n, n] with a zero diagonal.
+    """
+    n = len(k)
+    return (k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * (k.sum(0) @ l.sum(0)) / (n - 2)

@@ -29,6 +29,7 @@ from chainfed_ray.client.progress import simulate
 from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples
 from chainfed_ray.device.cap import MemoryCap
+from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.removal import temporary_folder
 from chainfed_ray.device.threads import one_thread
@@ -82,6 +83,15 @@ def _carry_out(client: Client, base: ModelSource, order: TurnOrder) -> TurnResul
         return train(client, blocks, base.scratch / client.name, order)
     finally:
         blocks.close()
+
+
+def ready(base: ModelSource) -> None:
+    """Load the libraries that turns need, and no others.
+
+    What they allocate on first use then counts as the idle process, not as a client's memory.
+    """
+    load_models()
+    warm_up(base)
 
 
 def warm_up(base: ModelSource) -> None:

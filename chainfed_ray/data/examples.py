@@ -21,7 +21,7 @@ from chainfed_ray.problem import Problem
 from chainfed_ray.reading import reading_from
 from chainfed_ray.seeds import derive
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.spec.sections import DataSpec
+from chainfed_ray.spec.sections import DataSpec, EvaluationSpec, ModelSpec
 
 _FEWEST = 10
 
@@ -107,16 +107,16 @@ def _examples_of(
     return JobExamples(corpus, train, validation, test, choices=None, pack_length=None)
 
 
-def rows_of_site(spec: JobSpec, source: str) -> Split:
+def rows_of_site(model: ModelSpec, data: DataSpec, source: str) -> Split:
     """The training rows of ``source``, a ``path:`` at the site where this process runs.
 
     Raises:
         InvalidJob: the file cannot be read, or its rows cannot be used.
     """
-    label = None if spec.model.task == "causal-lm" else spec.data.label
-    split = read_split("data", source, "train", ColumnSelection(spec.data.columns, label))
-    if spec.data.classes is not None:
-        check_labels("data", split, spec.data.classes)
+    label = None if model.task == "causal-lm" else data.label
+    split = read_split("data", source, "train", ColumnSelection(data.columns, label))
+    if data.classes is not None:
+        check_labels("data", split, data.classes)
     return split
 
 
@@ -128,12 +128,15 @@ class SiteSplits(NamedTuple):
     test: Split
 
 
-def splits_of_site(spec: JobSpec, rows: Split) -> SiteSplits:
-    """Hold out a tenth of ``rows`` for validation and a tenth for the test, if the sites evaluate; nothing otherwise."""
+def splits_of_site(evaluation: EvaluationSpec, seed: int, rows: Split) -> SiteSplits:
+    """Hold out a tenth of ``rows`` for validation and a tenth for the test, if the sites evaluate; nothing otherwise.
+
+    ``seed`` is the job's.
+    """
     left = np.arange(len(rows))
-    if spec.evaluation.rows == "server":
+    if evaluation.rows == "server":
         return SiteSplits(rows, rows.take(left[:0]), rows.take(left[:0]))
-    left = np.random.default_rng(derive(spec.seed, "split")).permutation(len(rows))
+    left = np.random.default_rng(derive(seed, "split")).permutation(len(rows))
     tenth = max(len(rows) // 10, 1)
     first, left = hold_out(left, tenth, rows.labels)
     second, left = hold_out(left, tenth, rows.labels)
@@ -158,27 +161,29 @@ def spelled_out(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, corpus: Corp
     return None
 
 
-def most_held_out(spec: JobSpec, counts: ExampleCounts) -> int:
+def most_held_out(model: ModelSpec, data: DataSpec, counts: ExampleCounts) -> int:
     """The most predictions that a client at a site can make on rows that it holds out; it trains on ``counts``.
 
     A classifier makes one for each row, and a tenth of the rows is an eighth of those that are left for training. A language
     model predicts tokens. One text may be much longer than all others, so it is allowed a hundred times the tokens that it
     trains on.
     """
-    if spec.model.task == "causal-lm":
-        return 100 * max(counts.tokens, spec.data.max_length)
+    if model.task == "causal-lm":
+        return 100 * max(counts.tokens, data.max_length)
     return max(counts.examples // 8, 1)
 
 
-def examples_of_site(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, rows: Split) -> Examples:
+def examples_of_site(
+    model: ModelSpec, data: DataSpec, evaluation: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, rows: Split
+) -> Examples:
     """The tokenised ``rows`` of a client at a site, as a client with the same rows has them that the server deals.
 
     All labels are 0: which number a class has is the job's to say. Of a language model's rows, some may have nothing to learn.
     """
-    if spec.model.task != "causal-lm":
-        return tokenize(tokenizer, _texts(rows), [0] * len(rows), spec.data.max_length)
-    _check_tokenizer(spec, tokenizer)
-    length, running = spec.data.max_length, _is_running(spec.data)
+    if model.task != "causal-lm":
+        return tokenize(tokenizer, _texts(rows), [0] * len(rows), data.max_length)
+    _check_tokenizer(model, data, evaluation, tokenizer)
+    length, running = data.max_length, _is_running(data)
     examples = tokenize_texts(tokenizer, rows.texts, length, numbers=rows.numbers)
     if not running:
         return examples.take(learnable(examples))
@@ -200,7 +205,7 @@ def _classified(
 
 
 def _of_language(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, listen: Listener) -> JobExamples:
-    _check_tokenizer(spec, tokenizer)
+    _check_tokenizer(spec.model, spec.data, spec.evaluation, tokenizer)
     length, running = spec.data.max_length, _is_running(spec.data)
     corpus = _load(spec, classes=spec.fleet.partition.scheme == "dirichlet")
     splits = []
@@ -236,19 +241,21 @@ def _is_running(data: DataSpec) -> bool:
     return data.columns[0][0] == "data.text"
 
 
-def _check_tokenizer(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(
+    model: ModelSpec, data: DataSpec, evaluation: EvaluationSpec, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Check that the tokenizer has what the job needs.
 
     Chats need a template. Rows that are learnt in part need a fast tokenizer, which says where in a text each token is.
     """
-    if spec.data.messages is not None and not tokenizer.chat_template:
+    if data.messages is not None and not tokenizer.chat_template:
         expected = "a model whose tokenizer has a chat template, for the chats of data.messages; this one has none"
-        raise InvalidJob.at("model.base", spec.model.base, expected)
-    if spec.data.messages is not None and (wrong := broken_template(tokenizer)):
-        raise InvalidJob.at("model.base", spec.model.base, f"a model with a chat template that can be used ({wrong})")
-    if not tokenizer.is_fast and not (_is_running(spec.data) and spec.evaluation.choices is None):
+        raise InvalidJob.at("model.base", model.base, expected)
+    if data.messages is not None and (wrong := broken_template(tokenizer)):
+        raise InvalidJob.at("model.base", model.base, f"a model with a chat template that can be used ({wrong})")
+    if not tokenizer.is_fast and not (_is_running(data) and evaluation.choices is None):
         expected = "a model with a fast tokenizer, which says where in a text its tokens are; this one does not"
-        raise InvalidJob.at("model.base", spec.model.base, expected)
+        raise InvalidJob.at("model.base", model.base, expected)
 
 
 def _fewest(name: str) -> int:

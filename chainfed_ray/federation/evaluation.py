@@ -5,16 +5,18 @@ exact look-ahead nothing is cut, and the early exit is the model's end. The whol
 fails, the record says why and the job goes on.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Literal, Protocol
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.aggregation.checks import is_spent
+from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.server import evaluation_bytes
 from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Evaluating, Metrics
 from chainfed_ray.client.pool import ClientPool, in_order
+from chainfed_ray.client.turn import warm_up
 from chainfed_ray.data.examples import most_held_out
 from chainfed_ray.device.peak import PeakMemory
 from chainfed_ray.device.threads import one_thread
@@ -24,6 +26,7 @@ from chainfed_ray.evaluation.evaluator import EvaluationSets, Evaluator
 from chainfed_ray.evaluation.score import Score, ScoreSums, macro_f1
 from chainfed_ray.evaluation.streaming_evaluator import StreamingEvaluator
 from chainfed_ray.model.adapters import AdapterStack
+from chainfed_ray.model.source import ModelSource
 from chainfed_ray.planning.prepare import PlannedJob
 from chainfed_ray.records.rounds import ClientScore, EarlyExit, Evaluation, finite
 from chainfed_ray.spec.sections import Often
@@ -44,6 +47,30 @@ def sets_of(job: PlannedJob) -> EvaluationSets:
 def streaming(job: PlannedJob, listen: Listener = no_listener) -> StreamingEvaluator:
     """The evaluator that runs the model layer by layer in this process, in torch alone."""
     return StreamingEvaluator(job.base, job.planner.costs, sets_of(job), listen)
+
+
+MakeOffloaded = Callable[[ModelSource, MemoryProfile, EvaluationSets, int, Listener], Evaluator | str]
+"""Makes an evaluator that has its model on disk and runs it in so many processes, or says why it cannot run here."""
+
+
+def server_evaluation(
+    job: PlannedJob, listen: Listener = no_listener, *, offloaded: MakeOffloaded
+) -> "ServerEvaluation":
+    """The evaluations of ``job`` with the engine that it names.
+
+    If it names DeepSpeed and that cannot run here, the torch engine streams the layers instead. The job's record says why.
+    """
+    # Early exits are evaluated in this process, and their peak memory is measured. Libraries allocate memory on first use,
+    # so use them now: otherwise the first peak would include it.
+    Reporter("warming up for evaluations", listen).begin()
+    warm_up(job.base)
+    wanted = job.spec.evaluation
+    if wanted.engine == "torch":
+        return streamed(job, listen)
+    evaluator = offloaded(job.base, job.planner.costs, sets_of(job), wanted.workers, listen)
+    if isinstance(evaluator, str):
+        return ServerEvaluation(job, streaming(job, listen), f"in place of {wanted.engine}: {evaluator}", listen)
+    return ServerEvaluation(job, evaluator, listen=listen)
 
 
 def streamed(job: PlannedJob, listen: Listener = no_listener) -> "ServerEvaluation":
@@ -223,13 +250,12 @@ class FederatedEvaluation:
         self, stack: AdapterStack, window: Window, rows: Literal["validation", "test"]
     ) -> tuple[ScoreSums, dict[str, Metrics]]:
         """The sums over all clients that answered, and the answer of each, in their order."""
-        clients, order = self._job.clients, Evaluating(stack.tensors(), window, rows)
+        spec, clients, order = self._job.spec, self._job.clients, Evaluating(stack.tensors(), window, rows)
         reporter = Reporter(f"evaluating at sites ({rows})", self._listen)
-        deadline = self._job.spec.rounds.deadline
-        outcomes = reporter.each(self._pool.run(clients, order, deadline), len(clients), "clients")
+        outcomes = reporter.each(self._pool.run(clients, order, spec.rounds.deadline), len(clients), "clients")
         found: dict[str, Metrics] = {}
         for place, result in in_order(outcomes, len(clients)):
-            most = most_held_out(self._job.spec, clients[place].counts)
+            most = most_held_out(spec.model, spec.data, clients[place].counts)
             if isinstance(result, Metrics) and _is_possible(result, self._job.class_count, most):
                 found[clients[place].name] = result
         return ScoreSums.total((_sums_of(one) for one in found.values()), self._job.class_count), found

@@ -11,9 +11,10 @@ from torch.nn.functional import cross_entropy, layer_norm, linear, pad
 
 from chainfed_ray.activity import SILENT, Reporter
 from chainfed_ray.aggregation.checks import check_claims, check_update
-from chainfed_ray.aggregation.discriminant import TEMPERATURES, ClassSums, candidates, fitted, largest
+from chainfed_ray.aggregation.discriminant import candidates, fitted
 from chainfed_ray.aggregation.fixed_point import FixedPoint, FixedPointSums
 from chainfed_ray.chain import Window
+from chainfed_ray.client.head_sums import TEMPERATURES, ClassSums, largest
 from chainfed_ray.client.messages import CANDIDATE, Calibrating, Client, Fitting, HeadLosses, HeadSums, TurnResult
 from chainfed_ray.client.pool import ClientPool, Failure, Outcome, as_they_come, in_order
 from chainfed_ray.data.examples import most_held_out
@@ -168,7 +169,7 @@ def _head_by_sites(
     order = Calibrating({**tensors, **sent}, window)
     outcomes = pool.run(clients, order, deadline_of_all(job, len(clients))) if found else ()
     for place, result in in_order(outcomes, len(clients) if found else 0):
-        most = most_held_out(job.spec, clients[place].counts)
+        most = most_held_out(job.spec.model, job.spec.data, clients[place].counts)
         if isinstance(result, HeadLosses) and is_possible(result, len(found), most):
             losses += torch.tensor(result.losses, dtype=torch.float64)
             correct += torch.tensor(result.correct)

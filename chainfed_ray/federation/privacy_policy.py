@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.aggregation.aggregate import Aggregate, KeptUpdates, aggregate_by
 from chainfed_ray.aggregation.privacy import client_privacy, private_mean, sampling_seed
 from chainfed_ray.aggregation.rule import AggregationRule
@@ -12,6 +11,7 @@ from chainfed_ray.chain import Window
 from chainfed_ray.client.messages import Client
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.planning.accountant import Ledger
 from chainfed_ray.planning.candidates import Candidate, awaited
 from chainfed_ray.record import named
 from chainfed_ray.records.commit_log import CommitLog

@@ -12,13 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.aggregation.checks import check_claims
 from chainfed_ray.chain import Chain, Window, start_below
-from chainfed_ray.client.cka import FEWEST, average
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.messages import Client, Fitting, Profile, Profiling, TurnResult
 from chainfed_ray.client.pool import ClientPool, Failure, in_order
+from chainfed_ray.client.profiling import FEWEST
 from chainfed_ray.errors import InvalidUpdate, QuorumLost
 from chainfed_ray.federation.cohort import everyone
 from chainfed_ray.federation.collect import failed_turn, readable, reasons
@@ -99,7 +101,7 @@ def _by_profiles(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
         failed.append(failed_turn(client, result))
     if not profiles:
         raise QuorumLost("profiling the layers", 1, reasons(failed))
-    cka = average([(profile.cka, examples) for profile, examples in profiles])
+    cka = _average([(profile.cka, examples) for profile, examples in profiles])
     layer = start_below(cka, chain.cka_threshold, job.window)
     return Start(layer, cka, (), tuple(failed), sum(profile.cpu_seconds for profile, _ in profiles))
 
@@ -164,3 +166,10 @@ def _fit_at_exit(job: PlannedJob, pool: ClientPool, layer: int, reporter: Report
     width, seed = job.spec.chain.adapter.width, derive(job.spec.seed, "stack")
     stack = AdapterStack.new(window, job.hidden, width, job.class_count, seed)  # whatever the job's own adapters are
     return fit_head(job, pool, clients, Fitting(stack.tensors(), window, layer), reporter).record
+
+
+def _average(profiles: Sequence[tuple[Sequence[float], int]]) -> tuple[float, ...]:
+    """The mean CKA of each layer over clients. ``profiles`` has each client's CKA by layer, and its examples as the weight."""
+    values = torch.tensor([list(profile) for profile, _ in profiles], dtype=torch.float64)
+    weights = torch.tensor([examples for _, examples in profiles], dtype=torch.float64)
+    return tuple(((values * weights[:, None]).sum(0) / weights.sum()).tolist())

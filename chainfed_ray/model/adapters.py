@@ -92,6 +92,12 @@ def of_ranks(tensors: Mapping[str, Tensor], ranks: slice) -> Tensors:
     return found
 
 
+def change(start: Tensor, trained: Tensor) -> Tensor:
+    """``trained`` − ``start`` as a new contiguous tensor in float64."""
+    copy = trained.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    return copy.sub_(start)
+
+
 class Lora(nn.Module):
     """The LoRA of one layer: a ``LowRank`` for each of its linear modules in ``shapes``, which has their K and N by path.
 

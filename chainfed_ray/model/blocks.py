@@ -36,6 +36,11 @@ from chainfed_ray.streaming.numbers import check_numbers
 from chainfed_ray.streaming.unchanged import while_unchanged
 
 
+def linear_modules_of(layer: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    """The linear modules of a layer, by their paths in it: those whose matrices can be streamed, and that a LoRA can be in."""
+    return ((path, module) for path, module in layer.named_modules() if is_linear(module))
+
+
 class Blocks:
     """The base model in ``folder``, frozen, with weights that are read when they are needed.
 
@@ -207,10 +212,9 @@ class Blocks:
     def linear_modules(self, index: int) -> dict[str, tuple[int, int]]:
         """The linear modules of layer ``index``: how many numbers each takes (K) and gives (N), by their paths in the layer."""
         found = {}
-        for path, module in self._trunk.layers[index].named_modules():
-            if is_linear(module):
-                shape = tuple(module.weight.shape)
-                found[path] = (shape[0], shape[1]) if isinstance(module, Conv1D) else (shape[1], shape[0])
+        for path, module in linear_modules_of(self._trunk.layers[index]):
+            shape = tuple(module.weight.shape)
+            found[path] = (shape[0], shape[1]) if isinstance(module, Conv1D) else (shape[1], shape[0])
         return found
 
     def text_modules(self, index: int) -> dict[str, tuple[int, int]]:
@@ -315,9 +319,9 @@ class Blocks:
     def _matrices(self, index: int) -> list[str]:
         """The checkpoint's names of the matrices of layer ``index`` that can be streamed."""
         sources = self._sources(index)
-        modules = list(self._trunk.layers[index].named_modules())
-        streamed = [f"{path}.weight" for path, module in modules if is_linear(module)]
-        streamed += [f"{path}.{name}" for path, module in modules for name in expert_matrices(module)]
+        layer = self._trunk.layers[index]
+        streamed = [f"{path}.weight" for path, _ in linear_modules_of(layer)]
+        streamed += [f"{path}.{name}" for path, module in layer.named_modules() for name in expert_matrices(module)]
         return [sources[name] for name in streamed]
 
     def _loaded_bytes(self, names: Iterable[str]) -> int:

@@ -25,7 +25,7 @@ from chainfed_ray.records.fleet import (
     LateSite,
 )
 from chainfed_ray.spec.fleet import ClientClass, FleetSpec
-from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.spec.sections import ChainSpec, RoundsSpec
 
 
 class Planner:
@@ -185,22 +185,22 @@ def listed(planner: Planner, admission: Admission, stage: Window, totals: FleetT
         )
 
 
-def requirements_of(spec: JobSpec, layers: int) -> TurnRequirements:
-    """What a job asks of every client's turn, on a base model of L = ``layers``.
+def requirements_of(chain: ChainSpec, rounds: RoundsSpec, start: int) -> TurnRequirements:
+    """What a job asks of every client's turn, if its chain's lowest layer is ``start``.
 
-    If the start layer is not known yet, the chain is planned from the first layer, where a turn needs the most memory.
+    A start that is not known yet is 0 (``JobSpec.lowest_start``): from the first layer on, a turn needs the most memory.
     """
-    global_branch = spec.chain.stand_in_weight > 0
+    global_branch = chain.stand_in_weight > 0
     return TurnRequirements(
-        start=spec.lowest_start(layers),
-        batch_size=spec.rounds.batch_size,
-        epochs=spec.rounds.local_steps or spec.rounds.local_epochs,
+        start=start,
+        batch_size=rounds.batch_size,
+        epochs=rounds.local_steps or rounds.local_epochs,
         global_branch=global_branch,
-        trains_above=global_branch and spec.chain.global_trains == "upper",
-        profiles=spec.chain.profile_examples if spec.chain.start == "auto" else 0,
-        fits_head=spec.chain.head == "fitted",
-        rank=spec.chain.adapter.rank if spec.chain.adapter.kind == "lora" else 0,
-        exact=spec.chain.look_ahead == "exact",
+        trains_above=global_branch and chain.global_trains == "upper",
+        profiles=chain.profile_examples if chain.start == "auto" else 0,
+        fits_head=chain.head == "fitted",
+        rank=chain.adapter.rank if chain.adapter.kind == "lora" else 0,
+        exact=chain.look_ahead == "exact",
     )
 
 

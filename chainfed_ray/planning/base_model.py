@@ -18,7 +18,7 @@ from chainfed_ray.model.source import ModelSource, check_generation
 from chainfed_ray.problem import Problem, some_of
 from chainfed_ray.reading import reading_from
 from chainfed_ray.spec.job import JobSpec
-from chainfed_ray.spec.sections import AdapterSpec, ChainSpec
+from chainfed_ray.spec.sections import AdapterSpec, ChainSpec, DataSpec, ModelSpec
 
 FEATURES = 1536  # the most pooled features of a fitted head by default; with a wider model the head has one layer
 
@@ -53,7 +53,7 @@ def traced(
         if causal:
             _check_head(spec.model.base, blocks)
             check_generation(source.folder)
-        check_texts(spec, blocks, texts, spelled_out)
+        check_texts(spec.model, spec.data, blocks, texts, spelled_out)
         _check_chain(chain, spec.window(blocks.num_layers), blocks.num_layers)
         Reporter("tracing the memory of the model's parts", listen).begin()
         lora = _lora(chain.adapter, blocks, causal) if chain.adapter.kind == "lora" else None
@@ -89,7 +89,11 @@ def _check_head(base: str, blocks: Blocks) -> None:
 
 
 def check_texts(
-    spec: JobSpec, blocks: Blocks, texts: Iterable[Examples], spelled_out: Callable[[int], Problem | None] | None = None
+    model: ModelSpec,
+    data: DataSpec,
+    blocks: Blocks,
+    texts: Iterable[Examples],
+    spelled_out: Callable[[int], Problem | None] | None = None,
 ) -> None:
     """Check that every token id has an embedding, and that the model can embed the longest text.
 
@@ -107,12 +111,12 @@ def check_texts(
                 raise InvalidJob((problem,))
             made_for = f"a tokenizer made for the model, which has {blocks.vocabulary} token ids"
             expected = f"{made_for}; this one gives {highest}, perhaps for a special token that a text has"
-            raise InvalidJob.at("model.base", spec.model.base, expected)
+            raise InvalidJob.at("model.base", model.base, expected)
         longest = int(examples.lengths.argmax())
-        positions = blocks.positions if spec.model.task == "causal-lm" else None  # an encoder's may be relative
+        positions = blocks.positions if model.task == "causal-lm" else None  # an encoder's may be relative
         if positions is not None and examples.lengths[longest] > positions:
             expected = f"at most {positions}, the model's positions; a text has {examples.lengths[longest]} tokens"
-            raise InvalidJob.at("data.max_length", spec.data.max_length, expected)
+            raise InvalidJob.at("data.max_length", data.max_length, expected)
         batch = examples.batch(np.array([longest]))
         try:
             blocks.embed(batch.ids, batch.mask)
@@ -120,7 +124,7 @@ def check_texts(
             expected = (
                 f"a smaller number: a text has {examples.lengths[longest]} tokens, more than the model has positions"
             )
-            raise InvalidJob.at("data.max_length", spec.data.max_length, expected) from None
+            raise InvalidJob.at("data.max_length", data.max_length, expected) from None
 
 
 def _check_chain(chain: ChainSpec, window: int, layers: int) -> None:

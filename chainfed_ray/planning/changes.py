@@ -102,9 +102,8 @@ def _readmit(job: PlannedJob, spec: JobSpec) -> Admission:
     everybody = [candidate for candidate, _ in (*job.admission.admitted, *job.admission.excluded)]
     if spec.data.max_length < job.spec.data.max_length:
         everybody = [replace(one, examples=_cut(one.examples, spec.data.max_length)) for one in everybody]
-    return admit(
-        Planner(_memory_profile(job, spec), requirements_of(spec, job.layers)), everybody, spec.window(job.layers)
-    )
+    requirements = requirements_of(spec.chain, spec.rounds, spec.lowest_start(job.layers))
+    return admit(Planner(_memory_profile(job, spec), requirements), everybody, spec.window(job.layers))
 
 
 def _memory_profile(job: PlannedJob, spec: JobSpec) -> MemoryProfile:

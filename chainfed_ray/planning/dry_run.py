@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.aggregation.accountant import Ledger
-from chainfed_ray.aggregation.discriminant import ClassSums
 from chainfed_ray.budget.planner import TurnPlan
+from chainfed_ray.client.head_sums import ClassSums
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.planning.accountant import Ledger
 from chainfed_ray.planning.candidates import Candidate
 from chainfed_ray.planning.changes import changes
 from chainfed_ray.planning.duration import duration

@@ -12,8 +12,8 @@ from typing import Literal
 from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Chain, Window
-from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client, Training
+from chainfed_ray.client.profiling import FEWEST
 from chainfed_ray.planning.candidates import Candidate, as_client
 from chainfed_ray.planning.pace import EvaluationPace, Pace, evaluation_pace, training_pace
 from chainfed_ray.planning.prepare import PlannedJob

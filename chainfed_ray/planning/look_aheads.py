@@ -50,7 +50,7 @@ def _other(job: PlannedJob, chain: Mapping[str, Any]) -> PlannedJob | None:
     except InvalidJob:
         return None
     spec = spec.model_copy(update={"rounds": job.spec.rounds})  # a limit of ε may allow fewer than the document says
-    planner = Planner(job.planner.costs, requirements_of(spec, job.layers))
+    planner = Planner(job.planner.costs, requirements_of(spec.chain, spec.rounds, spec.lowest_start(job.layers)))
     everybody = [candidate for candidate, _ in (*job.admission.admitted, *job.admission.excluded)]
     if spec.window(job.layers) < job.layers:
         return replace(job, spec=spec, planner=planner, admission=admit(planner, everybody, spec.window(job.layers)))

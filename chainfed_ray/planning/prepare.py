@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from chainfed_ray.activity import Listener, Reporter, no_listener
-from chainfed_ray.aggregation.accountant import Ledger
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Chain
-from chainfed_ray.client.cka import FEWEST
 from chainfed_ray.client.messages import Client
+from chainfed_ray.client.profiling import FEWEST
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import examples_of, spelled_out
 from chainfed_ray.data.partition import PartitionRule, shares_of
@@ -26,6 +25,7 @@ from chainfed_ray.hub import configuration, tokenizer
 from chainfed_ray.model.adapters import AdapterStack, Head, LoraShapes
 from chainfed_ray.model.saved_stack import SavedStack
 from chainfed_ray.model.source import ModelSource, weights_folder
+from chainfed_ray.planning.accountant import Ledger
 from chainfed_ray.planning.admission import Admission, Planner, admit, requirements_of
 from chainfed_ray.planning.base_model import about_the_model, traced
 from chainfed_ray.planning.candidates import Candidate, absent_clients, as_client, awaited, candidates, classes_at_sites
@@ -186,7 +186,7 @@ def plan_job(
     manifest = manifest_of(spec.data, spec.fleet.partition, spec.seed, examples.corpus, partitions, rule)
 
     # 5. Plan which clients can take part, and how.
-    planner = Planner(model.memory, requirements_of(spec, layers))
+    planner = Planner(model.memory, requirements_of(spec.chain, spec.rounds, spec.lowest_start(layers)))
     admission = admit(planner, everybody, spec.window(layers), listen)
     return PlannedJob(
         spec=spec,

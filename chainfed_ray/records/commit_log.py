@@ -26,9 +26,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from chainfed_ray.errors import CorruptCommit
-from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.record import VERSION, Document
 from chainfed_ray.records.fleet import CLIENTS_FILE, FleetClient, clients_in
 from chainfed_ray.records.manifest import Manifest
@@ -76,7 +76,7 @@ class CommitLog:
                 raise CorruptCommit(str(self._rounds), f"round {index} is missing")
         return records
 
-    def tensors(self, index: int) -> Tensors:
+    def tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors committed with round ``index``.
 
         Raises:
@@ -166,7 +166,7 @@ class CommitLog:
             return str(error)
         return None
 
-    def commit_round(self, record: Round, tensors: Tensors, keep: int | None = None) -> None:
+    def commit_round(self, record: Round, tensors: dict[str, Tensor], keep: int | None = None) -> None:
         """Make a round and its ``tensors`` durable. Of earlier rounds, the tensors of the one before and of ``keep`` stay."""
         data = save(tensors)
         _write(self._tensor_path(record.index), [data])

@@ -17,6 +17,7 @@ from chainfed_ray.data.targets import chat_ids, prompt_ids
 from chainfed_ray.data.tokens import check_known
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.hub import tokenizer
+from chainfed_ray.model.blocks import linear_modules_of
 from chainfed_ray.model.forward import adapt
 from chainfed_ray.model.source import load_whole, lowest_layers, weights_folder
 from chainfed_ray.model.trunk import find_layers
@@ -24,7 +25,6 @@ from chainfed_ray.serving.detokenizer import Detokenizer
 from chainfed_ray.serving.messages import MOST_TOKENS, SCHEMA, Chance, Prompt, TokenChances
 from chainfed_ray.serving.row_cache import RowCache
 from chainfed_ray.serving.stack_batch import RowAdapters
-from chainfed_ray.streaming.matrices import is_linear
 
 _COUNT_POSITIONS = ("roberta", "camembert", "data2vec")  # types of models that add to the positions of tokens
 _BY_DISTANCE = ("bloom", "mpt")  # types whose attention knows distances alone
@@ -60,9 +60,8 @@ class LanguageModel:
         self.layers: Any = self._model.get_submodule(find_layers(self._model, base))
         for index, layer in enumerate(self.layers):
             layer.register_forward_hook(self._running.hook(index))
-            for path, module in layer.named_modules():
-                if is_linear(module):
-                    module.register_forward_hook(self._running.inner_hook(index, path))
+            for path, module in linear_modules_of(layer):
+                module.register_forward_hook(self._running.inner_hook(index, path))
 
     def new_cache(self) -> Any:
         """An empty cache of keys and values: a ``RowCache`` if this model's can be kept in rows."""

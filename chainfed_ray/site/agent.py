@@ -13,10 +13,11 @@ from typing import Any
 
 from chainfed_ray.errors import ServiceFailed
 from chainfed_ray.site.connection import Connection, Withdrawn
-from chainfed_ray.site.envelope import JOB, Answer, Done, JobDocument, NotDone, Order
-from chainfed_ray.site.policy import Policy, in_words
+from chainfed_ray.site.policy import Policy
 from chainfed_ray.site.turn_process import TurnProcess
 from chainfed_ray.site.working_time import WorkingTime
+from chainfed_ray.wire.envelope import JOB, Answer, Done, JobDocument, NotDone, Order
+from chainfed_ray.wire.reasons import in_words
 
 _WAIT_SECONDS = 20.0
 _LOOK_SECONDS = 0.2

@@ -15,7 +15,8 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from chainfed_ray.errors import InvalidSetting, ServiceFailed, SiteRefused
-from chainfed_ray.site.envelope import (
+from chainfed_ray.site.transcript import Transcript
+from chainfed_ray.wire.envelope import (
     PROTOCOL,
     Answer,
     AnswerMessage,
@@ -29,7 +30,6 @@ from chainfed_ray.site.envelope import (
     Received,
     Welcome,
 )
-from chainfed_ray.site.transcript import Transcript
 
 Message = TypeVar("Message", bound=BaseModel)
 _JOIN = "/v1/site/session"

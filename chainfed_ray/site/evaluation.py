@@ -4,10 +4,10 @@ from time import process_time
 
 from torch.nn.functional import layer_norm
 
-from chainfed_ray.aggregation.discriminant import TEMPERATURES, grid_losses
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.server import evaluation_bytes
 from chainfed_ray.chain import Window
+from chainfed_ray.client.head_sums import TEMPERATURES, grid_losses
 from chainfed_ray.client.messages import CANDIDATE, Calibrating, Client, Evaluating, HeadLosses, Metrics, TurnOrder
 from chainfed_ray.client.progress import begin
 from chainfed_ray.data.tokens import Examples

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from chainfed_ray.device import start_forked
 from chainfed_ray.device.peak import ENVIRONMENT
-from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, NotDone, Order
+from chainfed_ray.wire.envelope import KEPT_ANSWER, Answer, NotDone, Order
 
 _END_SECONDS = 5.0
 # Without a word of a worker. Once it has loaded its libraries, it says each second how far it is.

@@ -25,11 +25,10 @@ from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client, Evaluating, Training, TurnOrder
 from chainfed_ray.client.progress import progress
 from chainfed_ray.client.survey import ClientSurvey, Survey
-from chainfed_ray.client.turn import take_turn, warm_up
+from chainfed_ray.client.turn import ready, take_turn
 from chainfed_ray.data.examples import examples_of_site, rows_of_site, splits_of_site
 from chainfed_ray.data.sources import Split
 from chainfed_ray.data.tokens import Examples
-from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.errors import BudgetExceeded, InvalidJob
 from chainfed_ray.hub import digest_of, tokenizer
 from chainfed_ray.model.adapters import AdapterStack
@@ -39,12 +38,12 @@ from chainfed_ray.planning.admission import Planner, requirements_of
 from chainfed_ray.planning.base_model import check_texts
 from chainfed_ray.planning.candidates import Candidate
 from chainfed_ray.reading import OF_DISKS
-from chainfed_ray.site.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
-from chainfed_ray.site.envelope import Answer, Done, HashedFile, JobDocument, NotDone, Order, phase_of
 from chainfed_ray.site.evaluation import evaluated_by
 from chainfed_ray.site.folder import offered
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
+from chainfed_ray.wire.codec import client_of, memory_of, result_document, survey_document, turn_of, write_tensors
+from chainfed_ray.wire.envelope import Answer, Done, HashedFile, JobDocument, NotDone, Order, phase_of
 
 SplitName = Literal["train", "validation", "test"]
 _HEARTBEAT_SECONDS = 1.0
@@ -76,7 +75,8 @@ class RowsOfJob:
         labels = sorted(set(self._rows(data).labels))
         found = Survey(tuple(self._survey(data, part, labels) for part in range(self._parts)))
         with closing(Blocks(self.source.folder, self.source.dtype)) as blocks:
-            check_texts(self.spec, blocks, (self._tokens(data, part, "train")[1] for part in range(self._parts)))
+            texts = (self._tokens(data, part, "train")[1] for part in range(self._parts))
+            check_texts(self.spec.model, self.spec.data, blocks, texts)
         self._told(data).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._told(data).write_text(self._digest(data))
         return found
@@ -127,7 +127,7 @@ class RowsOfJob:
         """
         assert isinstance(turn, Training), "the order is one of training"
         start = min(AdapterStack.from_tensors(turn.tensors).layers)
-        planner = Planner(memory, requirements_of(self.spec, memory.layers)).starting_at(start)
+        planner = Planner(memory, requirements_of(self.spec.chain, self.spec.rounds, start))
         own = next(group for group in self.spec.fleet.clients if group.name == client.client_class)
         candidate = Candidate(client.name, own.name, client.examples, client.budget_bytes, own.disk, rank=own.rank)
         plans = planner.plan(candidate, turn.window), planner.fallback_plan(candidate, turn.window)
@@ -160,11 +160,12 @@ class RowsOfJob:
         own = rows.take(np.arange(part, len(rows), self._parts))
         if not len(own):
             raise InvalidJob.at("fleet.clients.data", data, f"{self._parts} rows or more, one for each client")
-        chosen: Split = getattr(splits_of_site(self.spec, own), split)
-        return chosen.labels, examples_of_site(self.spec, self._tokenizer, chosen)
+        spec = self.spec
+        chosen: Split = getattr(splits_of_site(spec.evaluation, spec.seed, own), split)
+        return chosen.labels, examples_of_site(spec.model, spec.data, spec.evaluation, self._tokenizer, chosen)
 
     def _read(self, data: str) -> Split:
-        return rows_of_site(self.spec, f"path:{offered(self._folder, data)}")
+        return rows_of_site(self.spec.model, self.spec.data, f"path:{offered(self._folder, data)}")
 
 
 class Worker:
@@ -225,8 +226,7 @@ class Worker:
         if job.has_changed(data):
             return NotDone(reason="changed")
         if job.source.dtype not in self._warm:
-            load_models()
-            warm_up(job.source)
+            ready(job.source)
             self._warm.add(job.source.dtype)
         if order.kind in ("evaluating", "calibrating"):
             turn = turn_of(order, tensors)

@@ -16,12 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from chainfed_ray.activity import Activity, Listener
 from chainfed_ray.cluster.structured_logs import JOB_LINES
 from chainfed_ray.cluster.tables import moment
 from chainfed_ray.errors import BudgetExceeded, CoordinatorLost, InvalidJob
+from chainfed_ray.records.log_line import LogLine
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
 from chainfed_ray.units import format_bytes, format_seconds
 
@@ -36,18 +37,6 @@ _MOST_FRAMES = 8  # of a traceback
 _OURS = "chainfed_ray"
 _WORDS_OF_NUMBERS = (BudgetExceeded, CoordinatorLost)  # and of names in the code
 _ERROR = re.compile(r"([A-Za-z_]\w*): ")
-
-
-class LogLine(BaseModel):
-    """A line of a job's log."""
-
-    model_config = ConfigDict(frozen=True)
-
-    at: str = Field(description="ISO 8601, UTC")
-    level: str = Field(description="`info`, `warning` or `error`")
-    source: str = Field(description="`coordinator`, or a client by its name")
-    round: int | None = Field(None, description="the round that it is about, counted from 1")
-    message: str
 
 
 class JobLog(logging.Handler):

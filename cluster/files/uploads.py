@@ -21,7 +21,6 @@ from chainfed_ray.cluster.files.kept_bytes import check_kept
 from chainfed_ray.cluster.files.tenant_lock import TenantLocks
 from chainfed_ray.cluster.files.upload_bytes import Arriving, upload_files
 from chainfed_ray.cluster.files.upload_sources import uploads_in
-from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.schema import open_tables
 from chainfed_ray.cluster.storage import UPLOADS, Storage
 from chainfed_ray.cluster.tables import JobRow, UploadRow, moment
@@ -50,9 +49,9 @@ class Upload:
     created_at: str
 
     @property
-    def place(self) -> Place:
+    def place(self) -> tuple[str, str]:
         """The place after it in the list of uploads, for the next page."""
-        return Place(self.created_at, self.id)
+        return self.created_at, self.id
 
 
 class UploadStore:
@@ -129,12 +128,13 @@ class UploadStore:
             self._complete(found)
         return found
 
-    def page(self, limit: int = 100, place: Place | None = None) -> list[Upload]:
-        """At most ``limit`` uploads, the newest first; only those after ``place``, whose upload may be gone."""
+    def page(self, limit: int = 100, after: tuple[str, str] | None = None) -> list[Upload]:
+        """At most ``limit`` uploads, the newest first; only those ``after`` one by its ``place``, which may be gone."""
         query = select(UploadRow).where(self._seen).order_by(UploadRow.number.desc()).limit(limit)
-        if place is not None:
-            number = select(UploadRow.number).where(self._seen, UploadRow.id == place.job).scalar_subquery()
-            earlier = number.is_(None) & (UploadRow.created_at < place.at)
+        if after is not None:
+            created_at, upload = after
+            number = select(UploadRow.number).where(self._seen, UploadRow.id == upload).scalar_subquery()
+            earlier = number.is_(None) & (UploadRow.created_at < created_at)
             query = query.where(or_(UploadRow.number < number, earlier))
         with Session(self._engine) as session:
             return [self._upload(row) for row in session.scalars(query)]

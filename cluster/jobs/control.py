@@ -15,8 +15,9 @@ from pathlib import Path
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.versions import ModelName, trained
 from chainfed_ray.cluster.queries.deletions import AliasesChanged
-from chainfed_ray.cluster.tables import JobRecord, Status
+from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import JobConflict
+from chainfed_ray.records.states import Status
 
 _LOOKS = 10  # at aliases that change meanwhile
 CheckFits = Callable[[Mapping[str, object]], None]

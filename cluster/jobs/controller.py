@@ -20,9 +20,10 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.client_memory import check_fits, memory_at_once, why_it_waits
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.cluster.structured_logs import about
-from chainfed_ray.cluster.tables import AT_WORK, FINISHED, JobRecord
+from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.reading import OF_DISKS
+from chainfed_ray.records.states import AT_WORK, FINISHED
 
 _INTERVAL_SECONDS = 0.5  # between two steps
 _DATABASE_RETRY_SECONDS = 5.0

@@ -26,8 +26,8 @@ from chainfed_ray.cluster.resources import controller_options, coordinator_optio
 from chainfed_ray.cluster.scratch import Occupants, delete_everywhere, on_every_machine
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import log_as_asked
-from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.cluster.tracing import begin_tracing
+from chainfed_ray.records.states import AT_WORK
 
 NAMESPACE = "chainfed"
 _CONTROLLER, _COORDINATOR = "controller", "coordinator-"
@@ -60,9 +60,10 @@ class CoordinatorActor:
 
         load_models()
         from chainfed_ray.cluster.jobs.run import publish_unmet, run_queued_job
-        from chainfed_ray.cluster.offload.engine import server_evaluation
+        from chainfed_ray.cluster.offload.engine import offloaded
         from chainfed_ray.cluster.pool.ray_pool import RayPool
         from chainfed_ray.cluster.sites.desk import Desk
+        from chainfed_ray.federation.evaluation import server_evaluation
 
         desk, tell = Desk(job, settings.storage), partial(publish_unmet, job, settings.storage)
         try:
@@ -77,7 +78,7 @@ class CoordinatorActor:
                     at_site=desk.lease,
                     tell=tell,
                 ),
-                server_evaluation,
+                partial(server_evaluation, offloaded=offloaded),
                 desk,
                 rules=settings.reading,
             )

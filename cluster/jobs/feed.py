@@ -11,9 +11,10 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.tables import FINISHED, Event, Latest
+from chainfed_ray.cluster.tables import Event, Latest
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import JobNotFound, ServiceBusy
+from chainfed_ray.records.states import FINISHED
 
 POLL_SECONDS = 0.5
 _SILENCE_SECONDS = 15.0

@@ -25,7 +25,7 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.structured_logs import about
-from chainfed_ray.cluster.tables import AT_WORK, Event, JobRecord
+from chainfed_ray.cluster.tables import Event, JobRecord
 from chainfed_ray.cluster.tracing import StagesAndRounds, asked_by, flush, span
 from chainfed_ray.errors import CommitConflict, CorruptCommit, InvalidJob, JobNotFound
 from chainfed_ray.export.cards import write_cards
@@ -50,6 +50,7 @@ from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.first_cause import first_cause
 from chainfed_ray.records.result import JobResult
 from chainfed_ray.records.rounds import JobFinished, JobStarted, Round
+from chainfed_ray.records.states import AT_WORK
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 

@@ -39,23 +39,11 @@ from chainfed_ray.cluster.queries.rounds import Rounds
 from chainfed_ray.cluster.queries.served_names import STARTED, rows_on_base, served_name
 from chainfed_ray.cluster.queries.turns import Turns, check_queue
 from chainfed_ray.cluster.schema import open_tables
-from chainfed_ray.cluster.tables import (
-    AT_WORK,
-    FINISHED,
-    ROW_VERSION,
-    STATES_BEFORE,
-    Event,
-    EventRow,
-    JobRecord,
-    JobRow,
-    LabelRow,
-    Latest,
-    Status,
-    moment,
-)
+from chainfed_ray.cluster.tables import ROW_VERSION, Event, EventRow, JobRecord, JobRow, LabelRow, Latest, moment
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
 from chainfed_ray.cluster.tracing import carried
 from chainfed_ray.errors import JobConflict, JobNotFound
+from chainfed_ray.records.states import AT_WORK, FINISHED, STATES_BEFORE, Status
 from chainfed_ray.spec.job import JobSpec
 
 

@@ -12,24 +12,14 @@ import ray
 
 from chainfed_ray.client.messages import Client, TurnResult
 from chainfed_ray.client.progress import Progress, progress
-from chainfed_ray.client.turn import slowed, take_turn, warm_up
+from chainfed_ray.client.turn import ready, slowed, take_turn
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.pool.orders import receive
 from chainfed_ray.cluster.structured_logs import about, log_as_asked
-from chainfed_ray.device.lean_imports import load_models
 from chainfed_ray.errors import BudgetExceeded
 from chainfed_ray.model.source import ModelSource
 
 _log = logging.getLogger(__name__)
-
-
-def ready(base: ModelSource) -> None:
-    """Load the libraries that turns need, and no others.
-
-    What they allocate on first use then counts as the idle process, not as a client's memory.
-    """
-    load_models()
-    warm_up(base)
 
 
 def turn_of(client: Client, order: Any, base: ModelSource, told: Mapping[str, str | int]) -> TurnResult:

@@ -7,8 +7,9 @@ from sqlalchemy import select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.tables import CountRow, Status
+from chainfed_ray.cluster.tables import CountRow
 from chainfed_ray.cluster.tenants import View
+from chainfed_ray.records.states import Status
 
 
 def counts(engine: Engine, view: View) -> dict[str, dict[Status, int]]:

@@ -13,8 +13,9 @@ from sqlalchemy.orm import Session
 from chainfed_ray.cluster.queries.aliases import Shares, aliases_of
 from chainfed_ray.cluster.queries.events import check_revision
 from chainfed_ray.cluster.queries.served_names import rows_on_base
-from chainfed_ray.cluster.tables import FINISHED, EventRow, JobRow, LabelRow, moment
+from chainfed_ray.cluster.tables import EventRow, JobRow, LabelRow, moment
 from chainfed_ray.cluster.tenants import View
+from chainfed_ray.records.states import FINISHED
 
 
 class AliasesChanged(Exception):

@@ -8,8 +8,9 @@ from sqlalchemy import func, select, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.tables import AT_WORK, EventRow, JobRow, Latest, Status
+from chainfed_ray.cluster.tables import EventRow, JobRow, Latest
 from chainfed_ray.errors import PreconditionFailed
+from chainfed_ray.records.states import AT_WORK, Status
 
 _STATES = get_args(Status)
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, cast
 from sqlalchemy import JSON, ColumnElement, Integer, Select, bindparam, case, func, select, type_coerce
 from sqlalchemy.engine import Engine
 
-from chainfed_ray.cluster.tables import JobRow, LabelRow, Status
+from chainfed_ray.cluster.tables import JobRow, LabelRow
 from chainfed_ray.cluster.tenants import View
+from chainfed_ray.records.states import Status
 
 _COLUMNS = (
     JobRow.id,

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, Select, or_, select
 
 from chainfed_ray.cluster.queries.lines import JobLine
-from chainfed_ray.cluster.tables import JobRecord, JobRow, LabelRow, Status
+from chainfed_ray.cluster.tables import JobRecord, JobRow, LabelRow
 from chainfed_ray.errors import InvalidJob
+from chainfed_ray.records.states import Status
 
 Label = tuple[str, str]
 """A label's name and its value."""

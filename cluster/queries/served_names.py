@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.tables import JobRow, Status
+from chainfed_ray.cluster.tables import JobRow
+from chainfed_ray.records.states import Status
 
 _LOOKED_AT = 100  # jobs whose names begin alike
 _DIGITS = 6

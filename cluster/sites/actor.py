@@ -23,9 +23,9 @@ from chainfed_ray.cluster.sites.mailbox import Mailbox, OrderState
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.structured_logs import log_as_asked
 from chainfed_ray.errors import BudgetExceeded, TurnNotTaken
-from chainfed_ray.site.codec import job_document, result_of, turn_order, write_tensors
-from chainfed_ray.site.envelope import Done, HashedFile, NotDone, Order
-from chainfed_ray.site.policy import in_words
+from chainfed_ray.wire.codec import job_document, result_of, turn_order, write_tensors
+from chainfed_ray.wire.envelope import Done, HashedFile, NotDone, Order
+from chainfed_ray.wire.reasons import in_words
 
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.1

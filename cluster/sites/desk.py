@@ -24,10 +24,10 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.hub import digest_of, first_line
 from chainfed_ray.problem import some_of
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.site.codec import job_document, survey_document, survey_of, survey_order
-from chainfed_ray.site.envelope import Done, NotDone
-from chainfed_ray.site.policy import in_words
 from chainfed_ray.spec.job import JobSpec
+from chainfed_ray.wire.codec import job_document, survey_document, survey_of, survey_order
+from chainfed_ray.wire.envelope import Done, NotDone
+from chainfed_ray.wire.reasons import in_words
 
 _POLL_SECONDS = 0.2
 _LOOK_SECONDS = 1.0

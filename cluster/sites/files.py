@@ -17,7 +17,7 @@ from secrets import token_hex
 from chainfed_ray.cluster.objects.object_store import ObjectStore
 from chainfed_ray.cluster.objects.pieces import Pieces
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.site.envelope import HashedFile, JobDocument
+from chainfed_ray.wire.envelope import HashedFile, JobDocument
 
 
 def site_files(storage: Storage) -> "SiteFiles":

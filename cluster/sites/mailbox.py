@@ -23,7 +23,7 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import JobRow, SiteOrderRow, SiteRow
 from chainfed_ray.cluster.tenants import DEFAULT_TENANT
 from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
-from chainfed_ray.site.envelope import KEPT_ANSWER, Answer, Done, Heartbeat, NotDone, Order
+from chainfed_ray.wire.envelope import KEPT_ANSWER, Answer, Done, Heartbeat, NotDone, Order
 
 _log = logging.getLogger(__name__)
 

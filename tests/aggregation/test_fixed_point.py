@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from chainfed_ray.aggregation.fixed_point import MOST_CHANGE, FixedPoint, FixedPointSums, beyond
 from chainfed_ray.aggregation.mean import RunningMean
-from chainfed_ray.aggregation.privacy import Noise, PrivateMean
+from chainfed_ray.aggregation.privacy import PrivateMean
+from chainfed_ray.client.privacy import Noise
 from tests.builders import assert_same
 
 # Changes as large as a mean takes, and as small as training makes them: a float64 sum of both depends on the order.

@@ -31,7 +31,8 @@ from benchmarks.baselines import (
 from benchmarks.corpora import Corpus
 from benchmarks.metering import Meter, MeteredPool, TurnFailed
 from benchmarks.methods import methods
-from chainfed_ray.aggregation.discriminant import ClassSums, fitted
+from chainfed_ray.aggregation.discriminant import fitted
+from chainfed_ray.client.head_sums import ClassSums
 from chainfed_ray.client.messages import Client, Training
 from chainfed_ray.client.pool import LocalPool
 from chainfed_ray.client.training import step_batches

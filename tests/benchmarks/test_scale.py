@@ -15,8 +15,8 @@ from chainfed_ray.client.survey import SiteRows
 from chainfed_ray.data.tokens import NO_EXAMPLES
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.site.codec import job_document, result_of, survey_of, survey_order, turn_order, write_tensors
-from chainfed_ray.site.envelope import HashedFile
+from chainfed_ray.wire.codec import job_document, result_of, survey_of, survey_order, turn_order, write_tensors
+from chainfed_ray.wire.envelope import HashedFile
 from tests.builders import a_job, assert_same, story
 
 

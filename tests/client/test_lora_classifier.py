@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm, linear
 from transformers import AutoModel
 
-from chainfed_ray.aggregation.discriminant import ClassSums
 from chainfed_ray.budget.footprint import Footprint
 from chainfed_ray.budget.planner import Prefix, TurnPlan
 from chainfed_ray.chain import Window
-from chainfed_ray.client.head_sums import sum_features
+from chainfed_ray.client.head_sums import ClassSums, sum_features
 from chainfed_ray.client.messages import Client, Fitting, Training
 from chainfed_ray.client.training import train
 from chainfed_ray.data.tokens import Examples, ragged

@@ -21,9 +21,10 @@ from chainfed_ray.api.rest.errors import MEDIA_TYPE
 from chainfed_ray.cluster.database import NO_ANSWER
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.tables import FINISHED, JobRecord
+from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.model.saved_stack import load_stack
+from chainfed_ray.records.states import FINISHED
 from tests import postgres
 from tests import s3 as s3_server
 from tests.builders import a_document, assert_same

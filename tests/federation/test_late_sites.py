@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from chainfed_ray.activity import Listener, Note
-from chainfed_ray.aggregation.accountant import Release, epsilon
 from chainfed_ray.api.report.fleet import by_class
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.client.messages import Client, TurnOrder
@@ -23,6 +22,7 @@ from chainfed_ray.federation.run import run_job
 from chainfed_ray.federation.state import stack_of
 from chainfed_ray.model.adapters import Tensors
 from chainfed_ray.model.source import ModelSource
+from chainfed_ray.planning.accountant import Release, epsilon
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.fleet import ExcludedClients, late_clients

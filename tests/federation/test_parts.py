@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from chainfed_ray.aggregation.mean import RunningMean
 from chainfed_ray.chain import Chain, start_below
-from chainfed_ray.client.cka import debiased_cka
+from chainfed_ray.client.profiling import debiased_cka
 from chainfed_ray.data import docstrings
 from chainfed_ray.data.partition import dirichlet, iid
 from chainfed_ray.data.tokens import Examples

@@ -15,12 +15,12 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from chainfed_ray.aggregation.accountant import Release, epsilon
-from chainfed_ray.aggregation.privacy import Noise, key_of, sampling_seed
+from chainfed_ray.aggregation.privacy import key_of, sampling_seed
 from chainfed_ray.api.rest.service import Service
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.chain import Window
 from chainfed_ray.client.pool import LocalPool
+from chainfed_ray.client.privacy import Noise
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.totals import TotalsOfJobs
@@ -30,6 +30,7 @@ from chainfed_ray.federation.cohort import Cohort, Sampler
 from chainfed_ray.federation.coordinator import Coordinator
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.model.adapters import Tensors
+from chainfed_ray.planning.accountant import Release, epsilon
 from chainfed_ray.planning.prepare import PlannedJob, check_fleet
 from chainfed_ray.record import Record
 from chainfed_ray.records.commit_log import CommitLog

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainfed_ray.aggregation.discriminant import TEMPERATURES
+from chainfed_ray.client.head_sums import TEMPERATURES
 from chainfed_ray.client.messages import Evaluating, HeadLosses, Metrics
 from chainfed_ray.client.pool import Outcome
 from chainfed_ray.data.examples import most_held_out, splits_of_site
@@ -102,6 +102,6 @@ def test_losses_of_a_client_that_would_make_every_sum_infinite_are_refused() -> 
 @given(st.integers(3, 200), st.integers(1, 4))
 def test_no_honest_client_has_more(rows: int, classes: int) -> None:
     labels = tuple(str(place % classes) for place in range(rows))
-    train, *held_out = splits_of_site(_SPEC, Split(np.arange(rows).astype(str).tolist(), labels))
+    train, *held_out = splits_of_site(_SPEC.evaluation, _SPEC.seed, Split(np.arange(rows).astype(str).tolist(), labels))
     counts = ExampleCounts(len(train), 8, 8 * len(train))
-    assert all(len(part) <= most_held_out(_SPEC, counts) for part in held_out)
+    assert all(len(part) <= most_held_out(_SPEC.model, _SPEC.data, counts) for part in held_out)

@@ -9,8 +9,8 @@ import pytest
 
 from chainfed_ray.site import agent
 from chainfed_ray.site.agent import Agent, Offer
-from chainfed_ray.site.envelope import NextOrder
 from chainfed_ray.site.policy import Policy
+from chainfed_ray.wire.envelope import NextOrder
 
 
 class Silent:

@@ -15,8 +15,8 @@ import pytest
 from chainfed_ray.errors import InvalidSetting, ServiceFailed, SiteRefused
 from chainfed_ray.site import connection
 from chainfed_ray.site.connection import Connection, Withdrawn
-from chainfed_ray.site.envelope import HashedFile, Order
 from chainfed_ray.site.transcript import Transcript
+from chainfed_ray.wire.envelope import HashedFile, Order
 
 Answering = Callable[[httpx.Request], httpx.Response]
 

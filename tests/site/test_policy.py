@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from chainfed_ray.site.codec import job_document, survey_order
-from chainfed_ray.site.envelope import NotDone
-from chainfed_ray.site.policy import Policy, in_words
+from chainfed_ray.site.policy import Policy
+from chainfed_ray.wire.codec import job_document, survey_order
+from chainfed_ray.wire.envelope import NotDone
+from chainfed_ray.wire.reasons import in_words
 from tests.builders import PRIVACY
 
 

@@ -21,11 +21,11 @@ from chainfed_ray.data.sources import Split
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
 from chainfed_ray.hub import digest_of
 from chainfed_ray.planning.prepare import PlannedJob
-from chainfed_ray.site.codec import job_document, survey_of, survey_order, turn_order, write_tensors
-from chainfed_ray.site.envelope import Done, HashedFile, NotDone
-from chainfed_ray.site.policy import in_words
 from chainfed_ray.site.worker import Worker, tell_progress
 from chainfed_ray.spec.parse import parse_job
+from chainfed_ray.wire.codec import job_document, survey_of, survey_order, turn_order, write_tensors
+from chainfed_ray.wire.envelope import Done, HashedFile, NotDone
+from chainfed_ray.wire.reasons import in_words
 from tests.builders import a_job
 
 SECRET = "zephyr quartz"

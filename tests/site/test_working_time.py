@@ -9,11 +9,11 @@ import pytest
 
 from chainfed_ray.errors import InvalidSetting
 from chainfed_ray.site.agent import Agent, Offer
-from chainfed_ray.site.codec import job_document, survey_order
 from chainfed_ray.site.connection import Connection
 from chainfed_ray.site.policy import Policy
 from chainfed_ray.site.transcript import Transcript
 from chainfed_ray.site.working_time import WorkingTime
+from chainfed_ray.wire.codec import job_document, survey_order
 
 
 def test_seconds_are_added_up_and_outlive_the_process(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chainfed_ray.api.jobs.conditions import conditions
-from chainfed_ray.cluster.tables import STATES_BEFORE, Event, Status
+from chainfed_ray.cluster.tables import Event
+from chainfed_ray.records.states import STATES_BEFORE, Status
 
 
 @st.composite

@@ -15,10 +15,11 @@ from chainfed_ray.api.jobs import logs
 from chainfed_ray.api.sdk import exchanges
 from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.cluster.access import waiting
-from chainfed_ray.cluster.files.job_log import JobLog, LogLine
+from chainfed_ray.cluster.files.job_log import JobLog
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import JobNotFound
+from chainfed_ray.records.log_line import LogLine
 from tests.apps import an_app, served
 from tests.builders import SPEC, a_round, a_start
 from tests.watching import wait_for

@@ -30,8 +30,8 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import CorruptCommit, InvalidSetting
 from chainfed_ray.model.saved_stack import load_stack, save_stack
 from chainfed_ray.records.commit_log import CommitLog
-from chainfed_ray.site.codec import survey_order
-from chainfed_ray.site.envelope import Done, JobDocument
+from chainfed_ray.wire.codec import survey_order
+from chainfed_ray.wire.envelope import Done, JobDocument
 from tests import postgres
 from tests.builders import SPEC, a_round, a_start
 from tests.models import a_saved_stack

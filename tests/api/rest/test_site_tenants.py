@@ -22,8 +22,8 @@ from chainfed_ray.cluster.access.keys import KeyStore
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.sites.mailbox import Mailbox, site_address
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.site.codec import survey_order
-from chainfed_ray.site.envelope import PROTOCOL, HashedFile, JobDocument
+from chainfed_ray.wire.codec import survey_order
+from chainfed_ray.wire.envelope import PROTOCOL, HashedFile, JobDocument
 from tests.apps import an_app
 from tests.builders import SPEC
 

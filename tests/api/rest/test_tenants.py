@@ -23,8 +23,8 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.serving.messages import ModelKey
-from chainfed_ray.site.envelope import PROTOCOL
 from chainfed_ray.spec.parse import parse_job
+from chainfed_ray.wire.envelope import PROTOCOL
 from tests.apps import an_app
 from tests.builders import SPEC
 

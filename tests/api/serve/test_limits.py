@@ -18,7 +18,7 @@ from chainfed_ray.cluster.files.uploads import UploadStore
 from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.tables import Status
+from chainfed_ray.records.states import Status
 from tests.apps import an_app, served
 from tests.builders import SPEC
 

@@ -9,12 +9,13 @@ import pytest
 
 from chainfed_ray.activity import Activity, no_listener
 from chainfed_ray.client.pool import LocalPool
-from chainfed_ray.cluster.files.job_log import LOG, WITHHELD, JobLog, LogLine, lines_of, page_of
+from chainfed_ray.cluster.files.job_log import LOG, WITHHELD, JobLog, lines_of, page_of
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import CoordinatorLost, InvalidJob
 from chainfed_ray.federation.run import in_this_process
+from chainfed_ray.records.log_line import LogLine
 from chainfed_ray.records.rounds import FailedTurn, Round
 from chainfed_ray.spec.parse import parse_job
 from tests.pools import Killed, dying

@@ -19,12 +19,12 @@ from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.deletions import Deletions
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.tables import Status
 from chainfed_ray.errors import JobConflict, JobNotFound, LimitReached, PreconditionFailed
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.states import Status
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import PRIVACY, SPEC, a_job, assert_same, run
 from tests.pools import Altered, Answer, Killed, dying

@@ -15,10 +15,10 @@ from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.turns import Turns
 from chainfed_ray.cluster.storage import Settings, Storage
-from chainfed_ray.cluster.tables import AT_WORK
 from chainfed_ray.errors import LimitReached
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.states import AT_WORK
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import MIB, SPEC

@@ -19,9 +19,9 @@ from chainfed_ray.cluster.jobs.coordinators import NAMESPACE, RayCoordinators
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.occupancy import occupy
 from chainfed_ray.cluster.storage import Settings, Storage
-from chainfed_ray.cluster.tables import Status
 from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
+from chainfed_ray.records.states import Status
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import a_job, assert_same, run
 from tests.watching import client_processes, processes_below, wait_for

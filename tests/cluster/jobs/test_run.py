@@ -24,12 +24,13 @@ from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.sites.desk import Desk
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
-from chainfed_ray.cluster.tables import JobRecord, Status
+from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.errors import JobConflict, QuorumLost
 from chainfed_ray.federation.run import in_this_process
 from chainfed_ray.reading import EVERYTHING, HubAway, ReadingRules
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.secret import secret_path
+from chainfed_ray.records.states import Status
 from chainfed_ray.spec.parse import parse_job
 from tests.apps import an_app
 from tests.builders import SPEC

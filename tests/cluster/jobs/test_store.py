@@ -15,11 +15,11 @@ from sqlalchemy.exc import OperationalError
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.cluster.jobs.control import delete
-from chainfed_ray.cluster.jobs.store import JobStore, Status
+from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.cluster.schema import migrate
-from chainfed_ray.cluster.tables import FINISHED, STATES_BEFORE
 from chainfed_ray.errors import InvalidSetting, JobConflict, JobNotFound, LimitReached
+from chainfed_ray.records.states import FINISHED, STATES_BEFORE, Status
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
 

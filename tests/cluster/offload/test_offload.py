@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.activity import Activity, Listener, no_listener
-from chainfed_ray.cluster.offload.engine import server_evaluation
+from chainfed_ray.cluster.offload.engine import offloaded
 from chainfed_ray.cluster.offload.evaluator import OffloadedEvaluator, make_evaluator
 from chainfed_ray.cluster.offload.footprint import offload_footprint
 from chainfed_ray.cluster.offload.messages import OFFLOAD, Reason
@@ -29,6 +29,7 @@ from chainfed_ray.data.tokens import Examples
 from chainfed_ray.errors import EvaluationFailed
 from chainfed_ray.evaluation.evaluator import Evaluated
 from chainfed_ray.evaluation.predictions import Predictions, predict
+from chainfed_ray.federation.evaluation import server_evaluation
 from chainfed_ray.model.adapters import AdapterStack
 from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.costs import known_profile_of
@@ -278,7 +279,7 @@ def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
 
     monkeypatch.setattr("chainfed_ray.cluster.offload.evaluator.look", unreadable)
     document["evaluation"] = {"engine": "deepspeed"}
-    made = server_evaluation(a_job(document, tmp_path))
+    made = server_evaluation(a_job(document, tmp_path), offloaded=offloaded)
     assert made.evaluator.startswith("torch (in place of deepspeed: this machine could not be checked: Read-only")
 
 

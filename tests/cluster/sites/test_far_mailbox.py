@@ -13,8 +13,8 @@ from chainfed_ray.cluster.sites.files import StoredSiteFiles
 from chainfed_ray.cluster.sites.mailbox import Mailbox
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import AnswerRefused
-from chainfed_ray.site.codec import survey_order, write_tensors
-from chainfed_ray.site.envelope import Done, HashedFile, JobDocument
+from chainfed_ray.wire.codec import survey_order, write_tensors
+from chainfed_ray.wire.envelope import Done, HashedFile, JobDocument
 
 SESSION = 32 * "1"
 

@@ -15,8 +15,8 @@ from chainfed_ray.cluster.sites.mailbox import Mailbox, site_address
 from chainfed_ray.cluster.sites.order_feed import OrderFeed
 from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.errors import AnswerRefused, OrderWithdrawn, SiteSuperseded
-from chainfed_ray.site.codec import survey_order, write_tensors
-from chainfed_ray.site.envelope import Done, HashedFile, Heartbeat, JobDocument, NotDone, Order
+from chainfed_ray.wire.codec import survey_order, write_tensors
+from chainfed_ray.wire.envelope import Done, HashedFile, Heartbeat, JobDocument, NotDone, Order
 from tests.builders import SPEC
 
 FIRST, SECOND = 32 * "1", 32 * "2"

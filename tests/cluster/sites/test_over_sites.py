@@ -19,8 +19,9 @@ from torch.nn.functional import layer_norm
 from transformers import AutoTokenizer
 
 from chainfed_ray.activity import SILENT, Activity, Listener, no_listener
-from chainfed_ray.aggregation.discriminant import ClassSums, candidates, grid_losses
+from chainfed_ray.aggregation.discriminant import candidates
 from chainfed_ray.chain import Window
+from chainfed_ray.client.head_sums import ClassSums, grid_losses
 from chainfed_ray.client.messages import Update
 from chainfed_ray.client.survey import Absence, Survey
 from chainfed_ray.cluster.jobs.store import JobStore
@@ -332,10 +333,10 @@ def test_sites_evaluate_on_rows_that_they_hold_out_and_the_server_has_none(
     stack = stack_of(log.tensors(log.rounds()[-1].index))
     parts = []
     for site in ("north", "east"):
-        rows = rows_of_site(spec, f"path:{folder / 'rows' / site / 'notes.jsonl'}")
-        test = splits_of_site(spec, rows).test
+        rows = rows_of_site(spec.model, spec.data, f"path:{folder / 'rows' / site / 'notes.jsonl'}")
+        test = splits_of_site(spec.evaluation, spec.seed, rows).test
         numbers = np.array([("sea", "sky", "soil").index(label) for label in test.labels])
-        held_out = replace(examples_of_site(spec, tokens, test), labels=numbers)
+        held_out = replace(examples_of_site(spec.model, spec.data, spec.evaluation, tokens, test), labels=numbers)
         base = ModelSource(Path(document["model"]["base"][5:]), torch.float32, tmp_path / "here" / site)
         predictions = predict_early_exit(held_out, base, base.scratch / "test", stack, Window(3, 3), SILENT)
         parts.append(ScoreSums.of(predictions, held_out.labels, 3))
@@ -366,10 +367,11 @@ def test_a_head_is_fitted_without_a_row_of_the_server(
     assert new.head
     total, held_out = ClassSums.zeros(3, new.head.features(2), torch.float64), []
     for site in ("east", "west"):
-        splits = splits_of_site(spec, rows_of_site(spec, f"path:{folder / 'rows' / site / 'notes.jsonl'}"))
+        rows = rows_of_site(spec.model, spec.data, f"path:{folder / 'rows' / site / 'notes.jsonl'}")
+        splits = splits_of_site(spec.evaluation, spec.seed, rows)
         for split in (splits.train, splits.validation):
             numbers = np.array([("sea", "sky", "soil").index(label) for label in split.labels])
-            examples = replace(examples_of_site(spec, tokens, split), labels=numbers)
+            examples = replace(examples_of_site(spec.model, spec.data, spec.evaluation, tokens, split), labels=numbers)
             source = ModelSource(base, torch.float32, tmp_path / site)
             means, labels = pooled_features(examples, source, tmp_path / site / str(len(examples)), new, window)
             features = layer_norm(means, means.shape[-1:]).flatten(1)

@@ -29,7 +29,7 @@ from chainfed_ray.client.survey import ClientSurvey, SiteRows, Survey
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
 from chainfed_ray.errors import InvalidUpdate
 from chainfed_ray.planning.prepare import PlannedJob
-from chainfed_ray.site.codec import (
+from chainfed_ray.wire.codec import (
     client_of,
     job_document,
     memory_of,
@@ -41,7 +41,7 @@ from chainfed_ray.site.codec import (
     turn_order,
     write_tensors,
 )
-from chainfed_ray.site.envelope import HashedFile, Heartbeat, JobDocument, Joining, Order
+from chainfed_ray.wire.envelope import HashedFile, Heartbeat, JobDocument, Joining, Order
 from tests.builders import a_job
 
 COUNTS = ExampleCounts(10, 12, 90)

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from chainfed_ray.aggregation.privacy import ClientPrivacy, Noise
 from chainfed_ray.budget.demand import MemoryProfile
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.cache_folder import writing
 from chainfed_ray.chain import Window
 from chainfed_ray.client.first_pass import StartGuess
+from chainfed_ray.client.head_sums import sums_bytes
 from chainfed_ray.client.messages import (
     Calibrating,
     Client,
@@ -37,11 +37,11 @@ from chainfed_ray.client.messages import (
     TurnResult,
     Update,
 )
+from chainfed_ray.client.privacy import ClientPrivacy, Noise
 from chainfed_ray.client.survey import ClientSurvey, SiteRows, Survey
 from chainfed_ray.data.tokens import NO_EXAMPLES, ExampleCounts
 from chainfed_ray.errors import InvalidUpdate
-from chainfed_ray.model.adapters import AdapterStack, Tensors
-from chainfed_ray.site.envelope import PROTOCOL, HashedFile, JobDocument, Kind, Order
+from chainfed_ray.wire.envelope import PROTOCOL, HashedFile, JobDocument, Kind, Order
 
 _PLAN = TypeAdapter(TurnPlan)
 _WINDOW = TypeAdapter(Window)
@@ -164,7 +164,7 @@ def turn_order(
         case Fitting():
             kind = "fitting"
             turn = {"window": _WINDOW.dump_python(order.window), "exit": order.exit}
-            most = _sums_bytes(order) + _HEADER_BYTES
+            most = sums_bytes(order) + _HEADER_BYTES
         case Evaluating():
             kind = "evaluating"
             turn = {"window": _WINDOW.dump_python(order.window), "rows": order.rows}
@@ -258,7 +258,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
-def result_document(result: TurnResult) -> tuple[dict[str, Any], Tensors]:
+def result_document(result: TurnResult) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The result of a turn: what goes into the answer's JSON, and its tensors."""
     fields = dict(vars(result))
     tensors = fields.pop("tensors", {})
@@ -321,14 +321,6 @@ def _check_counts(counts: ExampleCounts, classes: Mapping[str, int], max_length:
         raise ValueError("it has too many classes, or a name that is too long or has control characters")
     if any(count < 0 for count in classes.values()) or sum(classes.values()) not in (0, counts.examples):
         raise ValueError(f"its classes have {sum(classes.values())} examples in all, not {counts.examples}")
-
-
-def _sums_bytes(order: Fitting) -> int:
-    """The bytes of the sums of a head that is fitted: counts [C], sums [C, F] and products [F, F] in float64."""
-    stack = AdapterStack.from_tensors(order.tensors)
-    assert stack.head is not None, "a language model's head is never fitted"
-    classes, features = stack.head.linear.out_features, stack.head.features(order.exit)
-    return 8 * (classes + classes * features + features * features)
 
 
 def _order(

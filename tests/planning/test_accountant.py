@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from chainfed_ray.aggregation.accountant import ORDERS, Ledger, Release, epsilon, rdp_of
+from chainfed_ray.planning.accountant import ORDERS, Ledger, Release, epsilon, rdp_of
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
 

@@ -1,20 +1,28 @@
-"""Jobs as the API returns them: in lists, and in full with their progress."""
+"""Jobs: in lists, in full with their progress, and their clients."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timedelta
-from typing import Any, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from chainfed_ray.activity import Activity
-from chainfed_ray.api.jobs.conditions import CHANGES, Condition, conditions
-from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.cluster.queries.lines import JobLine
-from chainfed_ray.cluster.tables import Event, JobRecord, Status, moment
-from chainfed_ray.records.fleet import AdmittedClients, FleetClient, LateSite, Weights, late_clients
+from chainfed_ray.records.fleet import AdmittedClients, FleetClient, Weights
 from chainfed_ray.records.rounds import JobStarted, Round, Turn
+from chainfed_ray.records.states import Status
 
-_TIMED_ROUNDS = 5  # the newest ones, whose time tells how long others take
+ConditionType = Literal["Validated", "Running", "Paused", "Finished"]
+Truth = Literal["True", "False", "Unknown"]
+
+
+class Condition(BaseModel):
+    """Something that is true of a job, or is not."""
+
+    type: ConditionType = Field(
+        description="`Validated`: its model, rows and clients can be trained; `Running`: it trains; `Paused`; `Finished`"
+    )
+    status: Truth
+    reason: str = Field(description="why, in one word for programs; of a job that failed the type of its error")
+    since: str = Field(description="since when `status` is what it is: ISO 8601, UTC")
 
 
 class ClassMemory(BaseModel):
@@ -129,26 +137,6 @@ class JobResource(JobSummary):
     )
     spec: dict[str, Any] = Field(description="the job file with every default filled in")
 
-    @classmethod
-    def full(
-        cls,
-        record: JobRecord,
-        changes: Sequence[Event],
-        progress: JobProgress | None = None,
-        estimated_finish: str | None = None,
-    ) -> "JobResource":
-        """The job in ``record`` after the ``changes`` of its state, with its progress."""
-        return cls(
-            **_summary(record, record.spec.get("labels") or {}, (record.result or {}).get("accuracy")),
-            activity=Activity.model_validate(record.activity) if record.activity else None,
-            progress=progress,
-            estimated_finish=estimated_finish,
-            conditions=conditions(changes),
-            result=record.result,
-            error=record.error,
-            spec=record.spec,
-        )
-
 
 class JobPage(BaseModel):
     """A page of jobs, the newest first."""
@@ -156,51 +144,12 @@ class JobPage(BaseModel):
     jobs: list[JobSummary]
     next: str | None = Field(description="pass this as `cursor` to get the next page; null on the last page")
 
-    @classmethod
-    def of(cls, lines: Iterable[JobLine], following: str | None) -> "JobPage":
-        """The page with these ``lines``, before that at the cursor ``following``. All are checked at once, in less time."""
-        return cls.model_validate({"jobs": [line._asdict() for line in lines], "next": following})
 
+class ClientPage(BaseModel):
+    """A page of a job's clients: those that take part, in the order of the fleet, the others, and those that came later."""
 
-def full(jobs: JobStore, record: JobRecord) -> JobResource:
-    """The job in ``record`` with its conditions and progress, for which its events are read.
-
-    One whose records are of an earlier version has no progress.
-    """
-    told = jobs.of_kind(record.id, *CHANGES, "late_site")
-    changes = [event for event in told if event.kind in CHANGES]
-    job_started, newest = jobs.newest(record.id, "started"), jobs.newest_of(record.id, "round", _TIMED_ROUNDS)
-    if job_started is None:
-        return JobResource.full(record, changes)
-    try:
-        last = Round.model_validate(newest[0].data) if newest else None
-        late = (LateSite.model_validate(event.data) for event in told if event.kind == "late_site")
-        fleet = JobStarted.model_validate(job_started.data).with_late(late)
-    except ValidationError:
-        return JobResource.full(record, changes)
-    progress = JobProgress.of(fleet, last, record.status == "succeeded")
-    ends = _ends(changes[-1], newest, progress) if record.status == "running" and newest and changes else None
-    return JobResource.full(record, changes, progress, ends)
-
-
-def came_late(jobs: JobStore, job: str) -> Iterator[FleetClient]:
-    """The clients of sites that came after the job had begun. The database is asked when the first is looked at."""
-    told = jobs.of_kind(job, "started", "late_site")
-    plans = sum(len(JobStarted.model_validate(event.data).admitted) for event in told if event.kind == "started")
-    yield from late_clients(plans, (LateSite.model_validate(event.data) for event in told if event.kind == "late_site"))
-
-
-def _ends(change: Event, newest: Sequence[Event], progress: JobProgress) -> str | None:
-    """When a job ends whose remaining rounds take as long as the ``newest``. It follows from events, not from the clock.
-
-    None if that is beyond the last year that a date can have.
-    """
-    seconds = sum(event.data["seconds"] for event in newest) / len(newest)
-    since = datetime.fromisoformat(max(change.at, newest[0].at))
-    try:
-        return moment(since + timedelta(seconds=seconds * (progress.total_rounds - progress.round)))
-    except OverflowError:
-        return None
+    clients: list[FleetClient]
+    next: int | None = Field(description="pass this as `after` to get the next page; null on the last page")
 
 
 def _classes(job_started: JobStarted) -> list[str]:
@@ -215,19 +164,3 @@ def _class_memory(name: str, job_started: JobStarted, newest: Round | None) -> C
         return ClassMemory.of(turns, [newest.top - turn.bottom + 1 for turn in turns], peaks)
     clients = [client for client in job_started.admitted if client.client_class == name]
     return ClassMemory.of(clients, [client.window for client in clients], [])
-
-
-def _summary(record: JobRecord, labels: dict[str, str], accuracy: float | None) -> dict[str, Any]:
-    return {
-        "id": record.id,
-        "name": record.name,
-        "tenant": record.tenant,
-        "status": record.status,
-        "model": record.model,
-        "submitted_at": record.submitted_at,
-        "started_at": record.started_at,
-        "finished_at": record.finished_at,
-        "accuracy": accuracy,
-        "labels": labels,
-        "priority": record.priority,
-    }
