@@ -35,7 +35,7 @@ FLOORS = (
         "cluster.offload",
         "cluster.pool",
         "cluster.queries",
-        "api.resources",
+        "api.schemas",
     ),
     ("federation", "site", "cluster.sites", "api.sdk"),
     ("cluster.jobs", "api.operator"),

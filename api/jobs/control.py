@@ -10,9 +10,9 @@ from chainfed_ray.api.jobs.etags import JobsAsSeen
 from chainfed_ray.api.jobs.from_records import full
 from chainfed_ray.api.jobs.merge_patch import BODY, Patch, patched
 from chainfed_ray.api.jobs.routes import IdempotencyKey, accept
-from chainfed_ray.api.resources.jobs import JobResource
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, WithService
+from chainfed_ray.api.schemas.jobs import JobResource
 from chainfed_ray.cluster.jobs import control
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.job import JobSpec

@@ -10,9 +10,9 @@ from pydantic import Field
 from chainfed_ray.api.jobs.etags import IfNoneMatch, is_known
 from chainfed_ray.api.jobs.from_records import came_late, full, page_of
 from chainfed_ray.api.report.pictures import check_drawing
-from chainfed_ray.api.resources.jobs import ClientPage, JobPage, JobResource
 from chainfed_ray.api.rest.job_file import BODY, StrictRoute, SubmittedJob
 from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, while_connected
+from chainfed_ray.api.schemas.jobs import ClientPage, JobPage, JobResource
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.records.forecast import Forecast
