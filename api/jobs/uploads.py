@@ -49,7 +49,7 @@ def list_uploads(
     """The uploads, the newest first."""
     found = uploads.page(limit + 1, None if cursor is None else Place.parse(cursor))
     shown = found[:limit]
-    following = Place(*shown[-1].place).cursor() if len(found) > limit else None
+    following = Place(shown[-1].created_at, shown[-1].id).cursor() if len(found) > limit else None
     return UploadPage(uploads=[_resource(upload) for upload in shown], next=following)
 
 
