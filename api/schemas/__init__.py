@@ -1,1 +1,1 @@
-"""What requests and answers of the REST API hold. A file is named as that with their routes, and has nothing of the server."""
+"""What requests and answers of the REST API hold, as Pydantic models. Nothing of the server is in them."""
