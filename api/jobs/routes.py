@@ -92,9 +92,8 @@ async def accept(
         LimitReached: the caller's tenant has as many jobs in the queue, or as many bytes, as it may.
     """
     service.check_fits(spec.document(), caller)
-    await run_in_threadpool(
-        service.check_kept, caller
-    )  # before the check, which takes seconds; it counts when all is done
+    # Before the check, which takes seconds. ``submit`` looks again: others of the tenant's jobs may end meanwhile.
+    await run_in_threadpool(service.check_kept, caller)
     await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
     most_queued, most_stored = service.queue_of(caller), service.bytes_of(caller)
     record = await run_in_threadpool(
