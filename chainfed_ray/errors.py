@@ -365,7 +365,7 @@ class KeyNotFound(ChainFedError, LookupError):
 
 
 class ModelNotFound(ChainFedError, LookupError):
-    """No model of those that are ``served`` has this name, for which an ``alias`` may stand that was asked for."""
+    """No model that is ``served`` has this name. ``alias`` is what was asked for, if that is an alias for the model."""
 
     def __init__(self, model: str, served: tuple[str, ...], alias: str | None = None) -> None:
         super().__init__(model, served, alias)

@@ -1,6 +1,7 @@
 """What a tenant sees of a service's jobs, models and aliases, and what it calls them."""
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 DEFAULT_TENANT = "default"
 """Whose everything is in a service without keys."""
@@ -33,3 +34,8 @@ class View:
         """What the alias with a name in the database is called here."""
         tenant, _, own = key.rpartition("/")
         return self.name(tenant or DEFAULT_TENANT, own)
+
+
+def lock_number(tenant: str) -> int:
+    """The second of the two numbers by which PostgreSQL knows an advisory lock of ``tenant``; the first says of what."""
+    return int.from_bytes(blake2b(tenant.encode(), digest_size=4).digest(), "big", signed=True)

@@ -6,6 +6,7 @@
 import io
 import json
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ SPEC = parse_job(
         "fleet": {"clients": [{"name": "phone", "count": 8, "memory": "64MiB"}]},
     }
 )
+
+
+def fits(document: Mapping[str, object]) -> None:
+    """No limit keeps the job of a document from ever beginning."""
+
+
 PRIVACY = {"clip": 0.5, "noise_multiplier": 0.8}
 
 

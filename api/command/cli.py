@@ -308,7 +308,7 @@ def demo(
             answer(as_json, plain_demo(spec, job_file, out or Path("chainfed-demo"), story))
 
 
-def main(terminal: str | None = None) -> None:
+def main(terminal: str | None) -> None:
     """Run the command. A ``ChainFedError`` is printed as a message with an exit code, without a traceback.
 
     The exit code is 2 for an invalid job, and 1 for any other ``ChainFedError``. ``terminal`` is the encoding of the terminal;

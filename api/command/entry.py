@@ -21,7 +21,7 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     finally:
-        if heeds:  # what Python does at its end is cut short without words
+        if heeds:  # Ctrl-C ends at once what Python does at its end, which would print a traceback
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -32,7 +32,7 @@ def resume_job(job: str, jobs: JobsAsSeen, service: WithService, caller: Caller)
     """Let a paused job go on from its last commit, with the same result as if it had not paused. It waits in the queue."""
     most_queued, most_stored = service.queue_of(caller), service.bytes_of(caller)
     check_fits = partial(service.check_fits, caller=caller)
-    return full(jobs, control.resume(jobs, job, most_queued, most_stored, check_fits))
+    return full(jobs, control.resume(jobs, job, check_fits, most_queued, most_stored))
 
 
 @router.post("/cancel", status_code=202)
@@ -46,7 +46,7 @@ def retry_job(job: str, jobs: JobsAsSeen, service: WithService, caller: Caller) 
     """Try a job again that failed or was cancelled. It goes on from its last finished round, and waits in the queue."""
     most_queued, most_stored = service.queue_of(caller), service.bytes_of(caller)
     check_fits = partial(service.check_fits, caller=caller)
-    return full(jobs, control.retry(jobs, job, most_queued, most_stored, service.folder_of, check_fits))
+    return full(jobs, control.retry(jobs, job, check_fits, most_queued, most_stored, service.folder_of))
 
 
 @router.post("/clone", status_code=201, openapi_extra=BODY)

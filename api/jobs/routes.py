@@ -57,7 +57,7 @@ async def _accept(
 ) -> Callable[[JobSpec, JobStore], Awaitable[JobResource]]:
     async def accept(spec: JobSpec, jobs: JobStore) -> JobResource:
         service.check_fits(spec.document(), caller)
-        # This is before the check, which takes seconds. It counts when all is done.
+        # Before the check, which takes seconds. ``submit`` looks again: others of the tenant's jobs may end meanwhile.
         await run_in_threadpool(service.check_kept, caller)
         await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
         most_queued, most_stored = service.queue_of(caller), service.bytes_of(caller)

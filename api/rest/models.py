@@ -191,8 +191,9 @@ def _find(jobs: JobStore, name: str, task: ModelTask | None) -> Found:
         target = f"{tenant}{slash}{choices(list(shares), list(shares.values()))[0]}"
         try:
             return _find(jobs, target, task)
-        except ModelNotFound as error:  # its job had not succeeded when the alias was made, and has failed since
-            raise ModelNotFound(target, error.served, name) from None
+        except ModelNotFound as error:  # its job had not succeeded when the alias was made, and is over since
+            served = tuple(other for other in error.served if other != name)
+            raise ModelNotFound(target, served, name) from None
     raise _not_found(jobs, name)
 
 

@@ -213,7 +213,7 @@ def _naming_models(steps: Steps) -> Steps:
     except ModelNotFound as error:
         served = yield calls.list_models()
         whole = (model["name"] for model in served["models"] if model.get("layers") is None)
-        raise ModelNotFound(error.model, tuple(whole)) from None
+        raise ModelNotFound(error.model, tuple(whole), error.alias) from None
 
 
 def _events(job: str, last: int, listen: Listener) -> Steps:

@@ -153,13 +153,12 @@ class Access:
         """Count a request, unless its key or its tenant may not send it: then it counts for neither."""
         if identity.site is not None:  # how much a site sends follows from its orders
             return None
-        most = identity.requests_per_minute
-        if seconds := self._rules.key_rates.wait_seconds(identity.key, most):
-            return LimitReached(f"the key {identity.key}", _a_minute(most), OF_KEY, seconds)
-        if seconds := self._rules.rates.wait_seconds(identity.tenant):
+        of_key, of_tenant = identity.requests_per_minute, self._rules.rates.per_minute
+        if of_key and (seconds := self._rules.key_rates.wait_seconds(identity.key, of_key)):
+            return LimitReached(f"the key {identity.key}", _a_minute(of_key), OF_KEY, seconds)
+        if of_tenant and (seconds := self._rules.rates.wait_seconds(identity.tenant)):
             self._rules.key_rates.give_back(identity.key)
-            most = self._rules.rates.per_minute
-            return LimitReached(identity.tenant, _a_minute(most), REQUESTS, seconds)
+            return LimitReached(identity.tenant, _a_minute(of_tenant), REQUESTS, seconds)
         return None
 
     async def _put_down(
@@ -181,8 +180,8 @@ class Access:
         await run_in_threadpool(self._rules.audit.note, act, is_refusal)
 
 
-def _a_minute(most: int | None) -> str:
-    return f"{counted(most or 0, 'request', 'requests')} a minute"
+def _a_minute(most: int) -> str:
+    return f"{counted(most, 'request', 'requests')} a minute"
 
 
 def _is_near(request: Request) -> bool:

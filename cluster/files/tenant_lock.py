@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from fcntl import LOCK_EX, LOCK_NB, flock
-from hashlib import blake2b
 from threading import Lock
 from time import monotonic, sleep
 from typing import BinaryIO
@@ -14,10 +13,11 @@ from sqlalchemy.engine import Engine
 
 from chainfed_ray.cluster.files.upload_bytes import LOCK
 from chainfed_ray.cluster.storage import Storage
+from chainfed_ray.cluster.tenants import lock_number
 from chainfed_ray.errors import ServiceBusy
 
 MOST_AT_ONCE = 8  # of a tenant in one process, of 40 threads that all requests share
-_NUMBER = 0x75706C64  # PostgreSQL's number of the locks of tenants' uploads
+_NUMBER = 0x75706C64  # PostgreSQL's first number of the locks of tenants' uploads
 _LOOK_SECONDS = 0.02
 _RETRY_SECONDS = 5
 
@@ -47,8 +47,7 @@ class TenantLocks:
             _wait(lambda: _is_locked(file), until)
             if self._shared is not None:
                 connection = until_done.enter_context(self._shared.connect())
-                number = int.from_bytes(blake2b(tenant.encode(), digest_size=4).digest(), "big", signed=True)
-                asked = select(func.pg_try_advisory_xact_lock(_NUMBER, number))
+                asked = select(func.pg_try_advisory_xact_lock(_NUMBER, lock_number(tenant)))
                 _wait(lambda: bool(connection.scalar(asked)), until)
             yield
 

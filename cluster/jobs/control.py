@@ -4,8 +4,7 @@ Each asks for a state, and says why the job cannot get there.
 
 A process of the API calls these. The controller and the job's coordinator then do what the state asks for. All are safe to
 call twice: a job that is already there stays as it is. Given jobs ``at`` a revision, they do nothing to a job that has another
-one by then, and raise ``PreconditionFailed``. Of several reasons to refuse, a limit is
-the last.
+one by then, and raise ``PreconditionFailed``. The state comes before the limits.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,10 +23,6 @@ CheckFits = Callable[[Mapping[str, object]], None]
 """Checks that the job of a document may ever begin. Raises ``InvalidJob`` if a limit never lets it."""
 
 
-def _fits(document: Mapping[str, object]) -> None:
-    pass
-
-
 def pause(store: JobStore, job: str) -> JobRecord:
     """Pause a job: one that runs as soon as its present round is committed, one that waits at once.
 
@@ -44,9 +39,9 @@ def pause(store: JobStore, job: str) -> JobRecord:
 def resume(
     store: JobStore,
     job: str,
+    check_fits: CheckFits,
     most_queued: int | None = None,
     most_stored: int | None = None,
-    check_fits: CheckFits = _fits,
 ) -> JobRecord:
     """Let a paused job go on from its last commit. It waits in the queue for a free place, where its place is by its age.
 
@@ -83,10 +78,10 @@ def cancel(store: JobStore, job: str) -> JobRecord:
 def retry(
     store: JobStore,
     job: str,
+    check_fits: CheckFits,
     most_queued: int | None = None,
     most_stored: int | None = None,
     folder_of: Callable[[str], Path] | None = None,
-    check_fits: CheckFits = _fits,
 ) -> JobRecord:
     """Try a job again that failed or was cancelled. It goes on from its last commit, in the queue by its age.
 

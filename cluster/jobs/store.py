@@ -323,13 +323,13 @@ class JobStore:
             check_revision(session, job, self._revisions)
 
     def count_restart(self, job: str) -> int:
-        """Count a restart of the job's coordinator. Returns how many there were since the last round; 0 if the job is gone."""
+        """Count a restart of the job's coordinator. Returns how many since the last finished round; 0 if the job is gone."""
         with Session(self._engine) as session, session.begin():
             session.execute(update(JobRow).where(JobRow.id == job).values(restarts=JobRow.restarts + 1))
             return session.scalar(select(JobRow.restarts).where(JobRow.id == job)) or 0
 
     def publish(self, job: str, key: str, kind: str, data: dict[str, Any]) -> None:
-        """Append an event, unless the job has one with this ``key``, or is deleted, of which its process may not have heard."""
+        """Append an event, unless the job has one with this ``key``, or is deleted: its process may not know that yet."""
         told = select(EventRow.seq).where(EventRow.job == job, EventRow.key == key)
         with Session(self._engine) as session, session.begin():
             if lock_job(session, job) and session.scalar(told) is None:

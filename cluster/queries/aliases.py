@@ -1,19 +1,21 @@
 """Aliases: names that callers keep while the models behind them change."""
 
 from collections.abc import Callable, Collection
-from hashlib import blake2b
+from contextlib import suppress
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.engine import CursorResult, Engine
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from chainfed_ray.cluster.storage import ALIASES
 from chainfed_ray.cluster.tables import AliasRow, JobRow
-from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View
+from chainfed_ray.cluster.tenants import DEFAULT_TENANT, View, lock_number
 from chainfed_ray.errors import JobNotFound, LimitReached
 from chainfed_ray.units import counted
 
+_NUMBER = 0x616C6961  # PostgreSQL's first number of the locks of tenants' aliases
 _KEPT_TARGETS = 20  # that an alias had before
 _FULL_SECONDS = 60  # until one may have been deleted
 Shares = dict[str, float]
@@ -48,10 +50,16 @@ class Aliases:
             LimitReached: the alias would be a new one, and the tenant has as many as it may.
         """
         key = self._view.alias_key(name)
+        with suppress(IntegrityError):  # a process of a version without our lock has added it at the same moment
+            return self._set(key, shares, jobs, most)
+        self._set(key, shares, jobs, most)
+
+    def _set(self, key: str, shares: Shares, jobs: Collection[str], most: int | None) -> None:
         with Session(self._engine) as session, session.begin():
             row = _locked(session, key) or self._locked_alone(session, key)
             if row is None:
-                self._check_room(session, most)
+                if most is not None:
+                    self._check_room(session, most)
                 session.add(AliasRow(name=key, targets=[shares]))
             elif row.targets[-1] != shares:
                 row.targets = [*row.targets[-_KEPT_TARGETS:], shares]
@@ -66,13 +74,12 @@ class Aliases:
         On SQLite, who has written is alone already.
         """
         if self._engine.dialect.name == "postgresql":
-            digest = blake2b(f"aliases of {self._view.tenant}".encode(), digest_size=8).digest()
-            session.execute(select(func.pg_advisory_xact_lock(int.from_bytes(digest, "big", signed=True))))
+            session.execute(select(func.pg_advisory_xact_lock(_NUMBER, lock_number(self._view.tenant))))
         return _locked(session, key)
 
-    def _check_room(self, session: Session, most: int | None) -> None:
+    def _check_room(self, session: Session, most: int) -> None:
         count = session.scalar(select(func.count()).select_from(AliasRow).where(_of(self._view.tenant))) or 0
-        if most is not None and count >= most:
+        if count >= most:
             raise LimitReached(self._view.tenant, counted(count, "alias", "aliases"), ALIASES, _FULL_SECONDS)
 
     def roll_back(self, name: str, is_served: Callable[[str], bool]) -> Shares | None:

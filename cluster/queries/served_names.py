@@ -4,17 +4,26 @@ from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from chainfed_ray.cluster.tables import JobRow
+from chainfed_ray.cluster.tables import EventRow, JobRow
 from chainfed_ray.records.states import Status
 
 _LOOKED_AT = 100  # jobs whose names begin alike
 _DIGITS = 6
-_CHECKED: tuple[Status, ...] = ("queued", "running", "pausing", "paused", "succeeded")
-STARTED = (JobRow.status.in_(_CHECKED), JobRow.started_at.is_not(None), JobRow.deleted_at.is_(None))
-"""The conditions that a job has started, so it has been checked, or has succeeded."""
+_CHECKED: tuple[Status, ...] = ("running", "succeeded")  # a job gets there by its start alone
+_GOES_ON: tuple[Status, ...] = ("queued", "validating", "pausing", "paused", "cancelling")  # if it has started
+# Looked up for such a job alone: PostgreSQL might read all events to tell whether one ``exists``.
+_START = select(EventRow.seq).where(EventRow.job == JobRow.id, EventRow.key == "started").scalar_subquery()
+STARTED = (
+    or_(JobRow.status.in_(_CHECKED), and_(JobRow.status.in_(_GOES_ON), _START.is_not(None))),
+    JobRow.deleted_at.is_(None),
+)
+"""The conditions that a job has started, so it has been checked, and has neither failed nor been cancelled since.
+
+``started_at`` says when it began to be validated, which may have failed.
+"""
 
 
 def served_name(session: Session, job: JobRow, base: str) -> str:

@@ -112,7 +112,7 @@ def test_a_service_whose_ray_hangs_is_started_again(
     with local_service(settings, "127.0.0.1", free_port("127.0.0.1"), tell=heard.tell) as service:
         if lost:
             (settings.storage.root / "lost").touch()
-            processes_below("input()")[0].kill()
+            wait_for(lambda: processes_below("input()"), "Ray's raylet")[0].kill()
             with pytest.raises(Enough):
                 service.watch()
         else:

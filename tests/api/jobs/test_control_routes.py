@@ -18,7 +18,7 @@ from chainfed_ray.cluster.jobs.control import pause, resume
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.storage import Storage
 from tests.apps import an_app
-from tests.builders import MIB, SPEC, a_start
+from tests.builders import MIB, SPEC, a_start, fits
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_of_two_who_hold_one_tag_one_acts(client: TestClient, store: JobStore, m
     job = store.submit(SPEC).id
     path = f"/v1/jobs/{job}"
     tag = client.get(path).headers["etag"]
-    move, others = JobStore.move, [lambda: pause(store, job), lambda: resume(store, job)]
+    move, others = JobStore.move, [lambda: pause(store, job), lambda: resume(store, job, fits)]
 
     def after_another(self: JobStore, *given: Any, **named: Any) -> bool:
         first, others[:] = others[:], []

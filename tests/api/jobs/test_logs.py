@@ -110,14 +110,23 @@ def test_the_last_lines_are_told_where_each_commit_has_a_folder_of_its_own(
     store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with an object store: a job ends while its log is waited for, and its last lines are in a new folder."""
-    monkeypatch.setattr("chainfed_ray.api.jobs.logs.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(logs, "LOOK_SECONDS", 0.01)
     job, commits = store.submit(SPEC).id, [tmp_path / "1"]
     (tmp_path / "2").mkdir()
-    app = an_app(store, folder_of=lambda _: commits[-1])
-    with TestClient(app, "http://localhost") as client, ThreadPoolExecutor() as threads:
-        waiting = threads.submit(client.get, f"/v1/jobs/{job}/logs", params={"wait": 25})
-        JobLog(tmp_path / "2").note("info", "coordinator", "the last line")
-        commits.append(tmp_path / "2")
-        store.move(job, "cancelled")
-        page = waiting.result(60).json()
+    looks, known = list[Path](), logs.page_of
+
+    def and_end(file: Path, after: int, lines: int) -> tuple[list[LogLine], int]:
+        """Look, and let the job end before the next look: so no look comes between its last line and its end."""
+        looks.append(file)
+        found = known(file, after, lines)
+        if len(looks) == 2:  # of which the first is before it waits
+            JobLog(tmp_path / "2").note("info", "coordinator", "the last line")
+            commits.append(tmp_path / "2")
+            store.move(job, "cancelled")
+        return found
+
+    monkeypatch.setattr(logs, "page_of", and_end)
+    with TestClient(an_app(store, folder_of=lambda _: commits[-1]), "http://localhost") as client:
+        page = client.get(f"/v1/jobs/{job}/logs", params={"wait": 25}).json()
+    assert len(looks) > 2
     assert ([line["message"] for line in page["lines"]], page["finished"]) == (["the last line"], True)

@@ -125,7 +125,7 @@ def test_an_alias_for_what_a_job_serves_that_still_trains_says_when_that_has_fai
         refused = client.post("/v1/classify", json={"model": "support", "texts": ["x"]})
         assert (refused.status_code, refused.json()["type"]) == (404, "urn:chainfed:problem:model-not-found")
         said = "there is no model 'tiny:new@latest', for which the alias 'support' stands"
-        assert refused.json()["detail"].startswith(said)
+        assert refused.json()["detail"] == f"{said}. Served now: none", "and not that alias"
         store.move(job, "queued")  # tried again
         assert answered_by(client) == {"tiny:new@0": 1}
 

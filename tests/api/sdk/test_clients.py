@@ -15,7 +15,8 @@ from chainfed_ray.api.sdk import calls
 from chainfed_ray.api.sdk.clients import AsyncClient, Client
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.cluster.jobs.store import JobStore
-from chainfed_ray.errors import ChainFedError, InvalidJob, JobConflict, JobNotFound, ServiceUnavailable
+from chainfed_ray.errors import ChainFedError, InvalidJob, JobConflict, JobNotFound, ModelNotFound, ServiceUnavailable
+from chainfed_ray.spec.parse import parse_job
 from tests.apps import an_app, served
 from tests.builders import SPEC
 from tests.project import ROOT
@@ -104,6 +105,30 @@ def test_both_ways_give_the_same(address: str, store: JobStore) -> None:
     assert asyncio.run(there()) == here
     with Client("http://127.0.0.1:1") as service, pytest.raises(ServiceUnavailable):
         service.send(calls.list_jobs())
+
+
+@pytest.mark.slow
+def test_an_alias_whose_model_is_gone_is_named_with_that_model(address: str, store: JobStore) -> None:
+    kept, job = (store.submit(parse_job(SPEC.document() | {"name": name})) for name in ("intents", "gone"))
+    for one in (kept, job):
+        store.move(one.id, "running")
+    store.move(kept.id, "succeeded", result={"classes": ["sea", "sky"], "accuracy": 0.5})
+    store.publish(job.id, "started", "started", {"classes": ["sea", "sky"]})
+    store.publish(job.id, "round-0", "round", {"index": 0})
+    with Client(address) as service:
+        service.send(calls.set_alias("support", {f"{job.model}@latest": 1}))
+        store.move(job.id, "failed", error={})
+        for asked in (calls.get_model("support"), calls.classify("support", ["a"])):
+            with pytest.raises(ModelNotFound) as refused:
+                service.send(asked)
+            error = refused.value
+            assert (error.model, error.alias) == ("minilm:gone@latest", "support")
+            assert str(error).startswith(
+                "there is no model 'minilm:gone@latest', for which the alias 'support' stands; did"
+            )
+            assert str(error).endswith("Served now: minilm, minilm:intents")
+        with pytest.raises(ModelNotFound, match=r"^there is no model 'none'\. "):
+            service.send(calls.get_model("none"))
 
 
 def test_only_a_text_that_is_written_may_take_any_time() -> None:

@@ -26,7 +26,7 @@ from chainfed_ray.cluster.storage import Storage
 from chainfed_ray.cluster.tables import moment
 from chainfed_ray.errors import InvalidJob, LimitReached, ServiceBusy, UploadConflict, UploadNotFound
 from chainfed_ray.spec.parse import parse_job
-from tests.builders import SPEC
+from tests.builders import SPEC, fits
 from tests.project import ROOT
 from tests.watching import wait_for
 
@@ -294,7 +294,7 @@ def test_an_upload_that_a_job_reads_is_not_deleted(uploads: UploadStore, store: 
     with pytest.raises(InvalidJob, match=rf"data\.{key} is"):
         store.submit(parse_job(document))
     with pytest.raises(InvalidJob, match=rf"data\.{key} is"):
-        retry(store, job)
+        retry(store, job, fits)
     assert store.get(job).status == "failed", "with the error that it had"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -14,7 +15,8 @@ from chainfed_ray.activity import Note
 from chainfed_ray.api.jobs.conditions import CHANGES, conditions
 from chainfed_ray.client.messages import Client, Training, TurnOrder
 from chainfed_ray.client.pool import ClientPool, LocalPool, MakePool
-from chainfed_ray.cluster.jobs.control import cancel, delete, pause, resume, retry
+from chainfed_ray.cluster.jobs import control
+from chainfed_ray.cluster.jobs.control import cancel, delete, pause
 from chainfed_ray.cluster.jobs.run import run_queued_job
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.deletions import Deletions
@@ -26,10 +28,11 @@ from chainfed_ray.model.source import ModelSource
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.states import Status
 from chainfed_ray.spec.parse import parse_job
-from tests.builders import PRIVACY, SPEC, a_job, assert_same, run
+from tests.builders import PRIVACY, SPEC, a_job, assert_same, fits, run
 from tests.pools import Altered, Answer, Killed, dying
 
 ROUNDS, CLIENTS = 4, 3
+resume, retry = partial(control.resume, check_fits=fits), partial(control.retry, check_fits=fits)
 
 
 def asking(ask: Callable[[], object], turns: int) -> MakePool:
@@ -436,7 +439,7 @@ def test_a_queue_has_as_many_jobs_as_it_may_also_if_all_come_at_once(any_store: 
     def resumed(job: str) -> bool:
         all_at_once.wait(10)
         with suppress(LimitReached):
-            return resume(any_store, job, most).status == "queued"
+            return resume(any_store, job, most_queued=most).status == "queued"
         return False
 
     with ThreadPoolExecutor(8) as threads:

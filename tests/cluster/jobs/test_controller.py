@@ -21,7 +21,7 @@ from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.states import AT_WORK
 from chainfed_ray.spec.job import JobSpec
 from chainfed_ray.spec.parse import parse_job
-from tests.builders import MIB, SPEC
+from tests.builders import MIB, SPEC, fits
 
 
 class Processes:
@@ -103,7 +103,7 @@ def test_a_paused_job_has_no_coordinator_and_goes_on_when_its_old_one_has_ended(
     controller.step()
     assert processes.jobs == {other}
     assert settings.storage.scratch(job).exists(), "it is of use when the job goes on"
-    resume(store, job)
+    resume(store, job, fits)
     controller.step()
     assert (store.get(job).status, processes.jobs) == ("queued", {other}), "there is no place"
     processes.jobs.add(job)  # as if its old coordinator were still there
@@ -274,7 +274,7 @@ def test_wherever_things_are_steps_lead_to_where_they_should_be(
                 store.move(running[0], "paused", before=("pausing",))
             case "resume":
                 for job in store.page(status=("pausing", "paused"))[:1]:
-                    resume(store, job.id)
+                    resume(store, job.id, fits)
             case "succeed" if running:
                 store.move(running[-1], "running")
                 store.move(running[-1], "succeeded", result={})
@@ -419,7 +419,7 @@ def test_a_job_that_is_queued_again_says_again_that_it_waits(limited: Settings) 
                 controller.step()
             assert len(store.of_kind(job, "waiting")) == times
             pause(store, job)
-            resume(store, job)  # before the controller sees it
+            resume(store, job, fits)  # before the controller sees it
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from chainfed_ray.model.saved_stack import load_stack
 from chainfed_ray.records.commit_log import CommitLog
 from chainfed_ray.records.states import Status
 from chainfed_ray.spec.parse import parse_job
-from tests.builders import a_job, assert_same, run
+from tests.builders import a_job, assert_same, fits, run
 from tests.watching import client_processes, processes_below, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -63,7 +63,7 @@ def test_a_job_pauses_and_goes_on(
     wait_for(lambda: not own_processes(), "end of the processes")
     assert (store.get(job).status, len(rounds())) == ("paused", done)
 
-    resume(store, job)
+    resume(store, job, fits)
     wait_for(lambda: stepped_to("succeeded", "failed"), "end of the job", 240)
     assert store.get(job).error is None
     assert_same(load_stack(storage.model(job)).stack.tensors(), expected)

@@ -7,9 +7,12 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, insert, text
 
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.cluster.tables import AliasRow
 from chainfed_ray.errors import LimitReached
+from tests.watching import wait_for
 
 _AT_ONCE = 0.2  # seconds, in which the other one would be done if nothing held it up
 
@@ -61,3 +64,22 @@ def test_who_make_aliases_at_once_make_no_more_than_may_be(database: str, tenant
     with closing(JobStore(database)) as store:
         assert len(store.seen_by(tenant, everything=False).aliases.all()) == 5
         assert len(store.seen_by("other", everything=False).aliases.all()) == 1
+
+
+@pytest.mark.slow
+def test_an_alias_that_a_process_of_the_version_before_makes_at_the_same_moment_is_changed(
+    empty_postgresql: str,
+) -> None:
+    """During a rolling upgrade: that version takes no lock before it adds an alias."""
+    with closing(JobStore(empty_postgresql)) as store, ThreadPoolExecutor(1) as threads:
+        engine = create_engine(empty_postgresql)
+        with engine.connect() as other, engine.connect() as watching:
+            other.execute(insert(AliasRow).values(name="support", targets=[{"tiny:old": 1.0}]))
+            ours = threads.submit(store.aliases.set, "support", {"tiny:new": 1.0}, most=1)
+            waits = text("select count(*) from pg_locks where not granted")
+            wait_for(lambda: watching.scalar(waits), "process that waits for the other")
+            other.commit()
+            ours.result(60)
+        engine.dispose()
+        assert store.aliases.get("support") == {"tiny:new": 1.0}
+        assert store.aliases.roll_back("support", lambda _: True) == {"tiny:old": 1.0}

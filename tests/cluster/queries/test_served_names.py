@@ -9,6 +9,7 @@ from sqlalchemy import text as sql
 
 from chainfed_ray.cluster.jobs.control import delete
 from chainfed_ray.cluster.jobs.store import JobStore
+from chainfed_ray.records.states import Status
 from chainfed_ray.spec.parse import parse_job
 from tests.builders import SPEC
 
@@ -41,6 +42,28 @@ def test_two_bases_of_one_last_name_do_not_take_each_others_names(store: JobStor
             store.move(job.id, "cancelled")
             delete(store, job.id)
     assert submit("hf:two/llama") == marked, "it keeps the name that its callers know"
+
+
+def test_what_a_job_serves_is_there_from_its_start_until_it_is_over(store: JobStore) -> None:
+    job = store.submit(SPEC)
+
+    def serves_in(to: Status) -> bool:
+        assert store.move(job.id, to)
+        found = [store.bases(), store.on_base("minilm", 1), store.of_model(job.model)]
+        assert len(set(map(bool, found))) == 1
+        return bool(found[0])
+
+    before: tuple[Status, ...] = ("validating", "pausing", "paused", "queued", "validating", "failed", "queued")
+    assert [state for state in before if serves_in(state)] == []
+    assert serves_in("running")
+    store.publish(job.id, "started", "started", {})
+    after: tuple[Status, ...] = ("pausing", "paused", "queued", "validating", "pausing", "running", "cancelling")
+    assert [state for state in after if not serves_in(state)] == []
+    assert not serves_in("cancelled")
+    assert serves_in("queued"), "it is tried again"
+    assert not store.move(job.id, "failed")
+    assert serves_in("running")
+    assert not serves_in("failed")
 
 
 def names(store: JobStore, base: str, *jobs: str) -> list[str]:
