@@ -25,7 +25,7 @@ ONLY_MACHINE = "only_machine"
 # (`python -m benchmarks idle`). Forked ones share most of it, but a machine's first one holds all of it.
 IDLE_BYTES = 395 * 2**20
 
-# The same for a process of an offloaded evaluation, which also loads DeepSpeed and Ray Train.
+# The same for a process of an evaluation with the weights on disk, which also loads DeepSpeed and Ray Train.
 OFFLOAD_IDLE_BYTES = 550 * 2**20
 
 # What the check of a job holds above its idle process, for most jobs.

@@ -35,7 +35,7 @@ FLOORS = (
         "cluster.offload",
         "cluster.pool",
         "cluster.queries",
-        "api.resources",
+        "api.schemas",
     ),
     ("federation", "site", "cluster.sites", "api.sdk"),
     ("cluster.jobs", "api.operator"),
@@ -49,7 +49,14 @@ FOLDERS_BY_HEIGHT = ("chainfed_ray", "cluster", "api")
 # Beyond that: what a client's process would load for nothing, and what is drawn from records alone.
 KEPT_APART = {("client", "evaluation"), ("client", "serving")}
 KEPT_APART |= {("api.report", room) for room in ("cluster", "federation", "planning")}
-KEPT_APART |= {("api.sdk", room) for room in ("cluster", "cluster.objects", "cluster.queries", "cluster.access")}
+# A program that asks a service loads nothing of the server.
+KEPT_APART |= {
+    (room, target)
+    for room in ("api.sdk", "api.schemas")
+    for rooms in FLOORS
+    for target in rooms
+    if target.startswith("cluster")
+}
 KEPT_APART |= {(room, "site") for room in ("cluster.sites", "cluster.jobs", "api.rest")}
 # Who may import what is not ours. What is not named here may be imported anywhere.
 ONLY_IN = {
@@ -121,7 +128,7 @@ def module_of(path: Path) -> str:
 
 
 MODULES = {module_of(path): path for folder in FOLDERS for path in files_of(folder) if path.stem != "__init__"}
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS, 1) for room in rooms}
 
 
 @cache
@@ -133,8 +140,8 @@ def arrows() -> frozenset[tuple[str, str]]:
     return frozenset((room, target) for room, target in found if room != target)
 
 
-def height(joined: frozenset[tuple[str, str]]) -> int:
-    """How many rooms are on the longest path of the arrows ``joined``."""
+def floors(joined: frozenset[tuple[str, str]]) -> dict[str, int]:
+    """The floor of each room, by the arrows ``joined``: how many rooms are on the longest path down from it."""
     below: dict[str, set[str]] = defaultdict(set)
     for room, target in joined:
         below[room].add(target)
@@ -143,7 +150,7 @@ def height(joined: frozenset[tuple[str, str]]) -> int:
     def floor(room: str) -> int:
         return 1 + max(map(floor, below[room]), default=0)
 
-    return max(map(floor, list(below)))
+    return {room: floor(room) for room in FLOOR}
 
 
 def arrow_problem(room: str, target: str) -> str | None:
@@ -183,6 +190,9 @@ def test_a_file_imports_from_rooms_below_its_own(module: str) -> None:
         ("api.sdk", "api.rest"),
         ("cluster.jobs", "site"),
         ("api.sdk", "cluster"),
+        ("api.sdk", "cluster.files"),
+        ("api.schemas", "cluster"),
+        ("api.schemas", "cluster.objects"),
         ("federation", "cluster"),
         ("federation", "cluster.objects"),
         ("cluster.jobs", "api.report"),
@@ -201,13 +211,14 @@ def test_rooms_stay_small_and_few_arrows_join_them() -> None:
     lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
     assert not {module: length for module, length in lengths.items() if length > MOST_LINES}
     assert len(arrows()) <= MOST_ARROWS
-    assert height(arrows()) == len(FLOORS) <= MOST_FLOORS
+    assert floors(arrows()) == FLOOR
+    assert len(FLOORS) <= MOST_FLOORS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arrow", [("wire", "planning"), ("aggregation", "planning"), ("cluster.pool", "federation")])
 def test_a_floor_more_is_noticed(arrow: tuple[str, str]) -> None:
-    assert height(arrows() | {arrow}) > MOST_FLOORS
+    assert max(floors(arrows() | {arrow}).values()) > MOST_FLOORS
 
 
 @pytest.mark.slow
@@ -294,16 +305,44 @@ def test_the_map_gives_every_file_a_duty() -> None:
             assert path.stem == "__init__" or f" {name} " in duties, name
 
 
+def drawn(text: str) -> list[tuple[int, str]]:
+    """The rooms of the picture in ``text``, each with its floor; a column has those of one folder."""
+    heading, *lines = text[text.index("    floor  ") :].partition("\nFrom below")[0].splitlines()
+    titles = ("what is computed", "where it runs", "how you ask for it")
+    starts = [heading.index(title) for title in titles]
+    floor, found = 0, list[tuple[int, str]]()
+    for line in lines:
+        floor = int(line[: starts[0]].strip() or floor)
+        for folder, start, end in zip(FOLDERS_BY_HEIGHT, starts, [*starts[1:], None], strict=True):
+            names = [name.strip() for name in line[start:end].split("·") if name.strip()]
+            found += [(floor, room_drawn(folder, name)) for name in names]
+    return sorted(found)
+
+
+def room_drawn(folder: str, name: str) -> str:
+    """The room with this name in the column of ``folder``."""
+    return name if folder == "chainfed_ray" else folder if name == f"{folder} itself" else f"{folder}.{name}"
+
+
 def test_the_picture_has_every_room_on_its_floor() -> None:
-    picture = (ROOT / "ARCHITECTURE.md").read_text().partition("how you ask for it\n")[2].partition("\nFrom below")[0]
-    floor, drawn = 0, set[tuple[int, str]]()
-    for line in picture.splitlines():
-        words = line.replace("·", " ").split()
-        if words and words[0].isdigit():
-            floor = int(words.pop(0))
-        drawn |= {(floor, word) for word in words}
-    for number, rooms in enumerate(FLOORS, 1):
-        assert {(number, room.rpartition(".")[2]) for room in rooms} <= drawn
+    picture = (ROOT / "ARCHITECTURE.md").read_text()
+    assert drawn(picture) == sorted((floor, room) for room, floor in FLOOR.items())
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("data · records\n", "data · records · web\n"),
+        ("data · records\n", "data\n"),
+        ("federation · site  ", "federation · sight "),
+        ("sites                               sdk", "sdk                                 sites"),
+        ("9                ", "8                "),
+    ],
+)
+def test_a_room_drawn_wrong_is_noticed(line: str, instead: str) -> None:
+    picture = (ROOT / "ARCHITECTURE.md").read_text()
+    assert picture.count(f" {line}") == 1
+    assert drawn(picture.replace(f" {line}", f" {instead}")) != drawn(picture)
 
 
 def test_every_key_of_a_job_is_documented() -> None:

@@ -71,5 +71,5 @@ print(*sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
-    assert {"chainfed_ray.api.resources.jobs", "chainfed_ray.api.resources.completions"} <= loaded
+    assert {"chainfed_ray.api.schemas.jobs", "chainfed_ray.api.schemas.completions"} <= loaded
     assert not {"fastapi", "starlette", "ray", "sqlalchemy", "torch", "numpy", "chainfed_ray.cluster"} & loaded

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from chainfed_ray.api.operator.answers import answer
 from chainfed_ray.api.report.progress import ProgressDisplay
-from chainfed_ray.cluster.offload.engine import offloaded
+from chainfed_ray.cluster.offload.door import make_disk_evaluator
 from chainfed_ray.cluster.pool.local import on_local_ray
 from chainfed_ray.cluster.storage import Settings
 from chainfed_ray.errors import InvalidJob, JobFailed
@@ -58,7 +58,7 @@ def train(
     done = len(log.rounds())
     memories = [group.memory for group in spec.fleet.clients]
     with on_local_ray(settings, progress.listen, memories, embedded=False, failed=failed) as pool:
-        evaluation = partial(server_evaluation, offloaded=offloaded)
+        evaluation = partial(server_evaluation, on_disk=make_disk_evaluator)
         records = run_job(spec, folder, pool=pool, evaluation=evaluation, listen=progress.listen)
         with closing(records), _naming(folder):
             for record in records:

@@ -1,1 +1,1 @@
-"""Routes of jobs, of the files that they read and of those that they leave, and the JSON that they return."""
+"""Routes of jobs, of the files that they read and of those that they leave."""

@@ -10,11 +10,11 @@ from fastapi.responses import FileResponse
 
 from chainfed_ray.api.jobs.etags import IfNoneMatch, is_known
 from chainfed_ray.api.jobs.report import ensure_report
-from chainfed_ray.api.resources.artifacts import ArtifactList, ArtifactResource
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
 from chainfed_ray.api.rest.files import IfRange, Range, SentFile
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Jobs, WithService
+from chainfed_ray.api.schemas.artifacts import ArtifactList, ArtifactResource
 from chainfed_ray.cluster.files.artifacts import artifact, names_of
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.errors import ArtifactNotFound

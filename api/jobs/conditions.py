@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import get_args
 
-from chainfed_ray.api.resources.jobs import Condition, ConditionType, Truth
+from chainfed_ray.api.schemas.jobs import Condition, ConditionType, Truth
 from chainfed_ray.cluster.tables import Event
 from chainfed_ray.records.states import FINISHED, Status
 

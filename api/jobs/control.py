@@ -3,16 +3,16 @@
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 
 from chainfed_ray.api.jobs.etags import JobsAsSeen
 from chainfed_ray.api.jobs.from_records import full
 from chainfed_ray.api.jobs.merge_patch import BODY, Patch, patched
-from chainfed_ray.api.jobs.routes import IdempotencyKey, accept
-from chainfed_ray.api.resources.jobs import JobResource
+from chainfed_ray.api.jobs.routes import Accept
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, WithService
+from chainfed_ray.api.schemas.jobs import JobResource
 from chainfed_ray.cluster.jobs import control
 from chainfed_ray.errors import InvalidJob
 from chainfed_ray.spec.job import JobSpec
@@ -50,20 +50,11 @@ def retry_job(job: str, jobs: JobsAsSeen, service: WithService, caller: Caller) 
 
 
 @router.post("/clone", status_code=201, openapi_extra=BODY)
-async def clone_job(
-    job: str,
-    patch: Patch,
-    request: Request,
-    response: Response,
-    service: WithService,
-    jobs: JobsAsSeen,
-    caller: Caller,
-    idempotency_key: IdempotencyKey = None,
-) -> JobResource:
+async def clone_job(job: str, patch: Patch, jobs: JobsAsSeen, accept: Accept) -> JobResource:
     """Queue a new job with the document of this one, and changes. It is checked as every job is, and begins anew."""
     record = await run_in_threadpool(jobs.get, job)
     spec = await run_in_threadpool(_changed, record.spec, patch)
-    return await accept(spec, request, response, service, jobs, caller, idempotency_key)
+    return await accept(spec, jobs)
 
 
 @router.delete("", status_code=204, response_class=Response)

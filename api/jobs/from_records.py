@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from chainfed_ray.activity import Activity
 from chainfed_ray.api.jobs.conditions import CHANGES, conditions
-from chainfed_ray.api.resources.jobs import JobPage, JobProgress, JobResource
+from chainfed_ray.api.schemas.jobs import JobPage, JobProgress, JobResource
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.lines import JobLine
 from chainfed_ray.cluster.tables import Event, JobRecord, moment

@@ -8,9 +8,9 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query
 from fastapi.concurrency import run_in_threadpool
 
-from chainfed_ray.api.resources.events import LogPage
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
+from chainfed_ray.api.schemas.events import LogPage
 from chainfed_ray.cluster.files.job_log import LOG, page_of
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.tables import JobRecord

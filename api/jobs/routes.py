@@ -1,18 +1,19 @@
 """Routes of jobs: forecast, submit, list and show."""
 
+from collections.abc import Awaitable, Callable
 from hashlib import blake2b
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from chainfed_ray.api.jobs.etags import IfNoneMatch, is_known
 from chainfed_ray.api.jobs.from_records import came_late, full, page_of
 from chainfed_ray.api.report.pictures import check_drawing
-from chainfed_ray.api.resources.jobs import ClientPage, JobPage, JobResource
 from chainfed_ray.api.rest.job_file import BODY, StrictRoute, SubmittedJob
-from chainfed_ray.api.rest.service import Caller, Jobs, Service, WithService, while_connected
+from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
+from chainfed_ray.api.schemas.jobs import ClientPage, JobPage, JobResource
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.pages import Place
 from chainfed_ray.records.forecast import Forecast
@@ -47,6 +48,38 @@ IdempotencyKey = Annotated[
 ]
 
 
+async def _accept(
+    request: Request,
+    response: Response,
+    service: WithService,
+    caller: Caller,
+    idempotency_key: IdempotencyKey = None,
+) -> Callable[[JobSpec, JobStore], Awaitable[JobResource]]:
+    async def accept(spec: JobSpec, jobs: JobStore) -> JobResource:
+        service.check_fits(spec.document(), caller)
+        # Before the check, which takes seconds. ``submit`` looks again: others of the tenant's jobs may end meanwhile.
+        await run_in_threadpool(service.check_kept, caller)
+        await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
+        most_queued, most_stored = service.queue_of(caller), service.bytes_of(caller)
+        record = await run_in_threadpool(
+            jobs.submit, spec, idempotency_key, caller.reads_anything, most_queued, most_stored
+        )
+        response.headers["Location"] = f"/v1/jobs/{record.id}"
+        return await run_in_threadpool(full, jobs, record)
+
+    return accept
+
+
+Accept = Annotated[Callable[[JobSpec, JobStore], Awaitable[JobResource]], Depends(_accept)]
+"""Checks a job of the caller, queues it, and names its place in the response. A repeated key queues it once.
+
+Raises:
+    InvalidJob: the job cannot run.
+    JobConflict: the key was used for another job.
+    LimitReached: the caller's tenant has as many jobs in the queue, or as many bytes, as it may.
+"""
+
+
 @router.post("/plan", response_model=Forecast, openapi_extra=BODY, responses=_PICTURE)
 async def plan_job(spec: SubmittedJob, request: Request, service: WithService, caller: Caller) -> Forecast | Response:
     """Forecast a job without training it: which clients join, memory, network, time, and what one change would gain."""
@@ -62,45 +95,9 @@ async def plan_job(spec: SubmittedJob, request: Request, service: WithService, c
 
 
 @router.post("/jobs", status_code=201, openapi_extra=BODY)
-async def submit_job(
-    spec: SubmittedJob,
-    request: Request,
-    response: Response,
-    service: WithService,
-    jobs: Jobs,
-    caller: Caller,
-    idempotency_key: IdempotencyKey = None,
-) -> JobResource:
+async def submit_job(spec: SubmittedJob, jobs: Jobs, accept: Accept) -> JobResource:
     """Check a job and queue it. A job that cannot run is refused with every field that is wrong."""
-    return await accept(spec, request, response, service, jobs, caller, idempotency_key)
-
-
-async def accept(
-    spec: JobSpec,
-    request: Request,
-    response: Response,
-    service: Service,
-    jobs: JobStore,
-    caller: Caller,
-    idempotency_key: str | None,
-) -> JobResource:
-    """Check a job, queue it, and name its place in ``response``. A repeated key queues it once.
-
-    Raises:
-        InvalidJob: the job cannot run.
-        JobConflict: the key was used for another job.
-        LimitReached: the caller's tenant has as many jobs in the queue, or as many bytes, as it may.
-    """
-    service.check_fits(spec.document(), caller)
-    # Before the check, which takes seconds. ``submit`` looks again: others of the tenant's jobs may end meanwhile.
-    await run_in_threadpool(service.check_kept, caller)
-    await while_connected(request, service.check(spec, caller.reads_anything, caller.tenant))
-    most_queued, most_stored = service.queue_of(caller), service.bytes_of(caller)
-    record = await run_in_threadpool(
-        jobs.submit, spec, idempotency_key, caller.reads_anything, most_queued, most_stored
-    )
-    response.headers["Location"] = f"/v1/jobs/{record.id}"
-    return await run_in_threadpool(full, jobs, record)
+    return await accept(spec, jobs)
 
 
 @router.get("/jobs", response_model=JobPage)

@@ -6,9 +6,9 @@ from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from chainfed_ray.api.resources.uploads import NewUpload, UploadPage, UploadResource
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, CallerGone, Uploads, WithService
+from chainfed_ray.api.schemas.uploads import NewUpload, UploadPage, UploadResource
 from chainfed_ray.cluster.files.upload_bytes import Arriving
 from chainfed_ray.cluster.files.uploads import Upload
 from chainfed_ray.cluster.queries.pages import Place
@@ -49,7 +49,7 @@ def list_uploads(
     """The uploads, the newest first."""
     found = uploads.page(limit + 1, None if cursor is None else Place.parse(cursor))
     shown = found[:limit]
-    following = Place(*shown[-1].place).cursor() if len(found) > limit else None
+    following = Place(shown[-1].created_at, shown[-1].id).cursor() if len(found) > limit else None
     return UploadPage(uploads=[_resource(upload) for upload in shown], next=following)
 
 

@@ -1,1 +1,1 @@
-"""The REST API: its routes, the JSON that they take and return, and its errors."""
+"""The REST API: all routes but those in ``api/jobs``, what every route uses, and errors."""

@@ -16,7 +16,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
-from chainfed_ray.api.resources.completions import (
+from chainfed_ray.api.rest.job_file import StrictRoute
+from chainfed_ray.api.rest.models import served
+from chainfed_ray.api.rest.service import Jobs, Service, WithService, while_connected
+from chainfed_ray.api.schemas.completions import (
     AssistantMessage,
     ChatChoice,
     ChatChunk,
@@ -30,10 +33,7 @@ from chainfed_ray.api.resources.completions import (
     GenerationOptions,
     Usage,
 )
-from chainfed_ray.api.resources.logprobs import ChatLogprobs, CompletionLogprobs
-from chainfed_ray.api.rest.job_file import StrictRoute
-from chainfed_ray.api.rest.models import served
-from chainfed_ray.api.rest.service import Jobs, Service, WithService, while_connected
+from chainfed_ray.api.schemas.logprobs import ChatLogprobs, CompletionLogprobs
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.errors import ChainFedError
 from chainfed_ray.serving.messages import FinishReason, Piece, Prompt, Sampling, TokenChances

@@ -2,10 +2,10 @@
 
 from fastapi import APIRouter, Request
 
-from chainfed_ray.api.resources.embeddings import EmbeddingList, EmbeddingRequest
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.models import served
 from chainfed_ray.api.rest.service import Jobs, WithService, while_connected
+from chainfed_ray.api.schemas.embeddings import EmbeddingList, EmbeddingRequest
 
 router = APIRouter(prefix="/v1", tags=["models"], route_class=StrictRoute)
 

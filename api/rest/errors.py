@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from chainfed_ray.api.resources.problems import FieldProblem, OpenAIError, ProblemDetails
 from chainfed_ray.api.rest.service import CallerGone
+from chainfed_ray.api.schemas.problems import FieldProblem, OpenAIError, ProblemDetails
 from chainfed_ray.cluster.database import NO_ANSWER, is_in_doubt
 from chainfed_ray.errors import (
     AnswerRefused,

@@ -10,9 +10,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from chainfed_ray.api.resources.events import EventPage, EventResource
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
+from chainfed_ray.api.schemas.events import EventPage, EventResource
 from chainfed_ray.cluster.jobs.feed import Busy, EventFeed
 from chainfed_ray.cluster.tables import Event
 from chainfed_ray.records.states import FINISHED

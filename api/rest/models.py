@@ -9,8 +9,11 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from chainfed_ray.api.resources.bodies import LONGEST_NAME
-from chainfed_ray.api.resources.models import (
+from chainfed_ray.api.rest.job_file import StrictRoute
+from chainfed_ray.api.rest.served_models import exit_of, of_base, of_job, of_round
+from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
+from chainfed_ray.api.schemas.bodies import LONGEST_NAME
+from chainfed_ray.api.schemas.models import (
     AliasList,
     AliasResource,
     AliasTargets,
@@ -22,9 +25,6 @@ from chainfed_ray.api.resources.models import (
     ModelTask,
     ServedModel,
 )
-from chainfed_ray.api.rest.job_file import StrictRoute
-from chainfed_ray.api.rest.served_models import exit_of, of_base, of_job, of_round
-from chainfed_ray.api.rest.service import Caller, Jobs, WithService, while_connected
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.jobs.versions import ModelName, exits_of, name_of_exit, trained
 from chainfed_ray.cluster.tables import JobRecord

@@ -11,9 +11,9 @@ from fastapi import APIRouter, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from chainfed_ray.api.resources.monitoring import AuditEntry, AuditPage, Health
 from chainfed_ray.api.rest.job_file import StrictRoute
 from chainfed_ray.api.rest.service import Caller, Jobs, WithService
+from chainfed_ray.api.schemas.monitoring import AuditEntry, AuditPage, Health
 from chainfed_ray.cluster.jobs.store import JobStore
 from chainfed_ray.cluster.queries.totals import JobTotals, TotalsOfJobs
 from chainfed_ray.records.rounds import Evaluation

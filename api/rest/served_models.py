@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from chainfed_ray.api.resources.models import ServedModel
+from chainfed_ray.api.schemas.models import ServedModel
 from chainfed_ray.cluster.jobs.versions import Trained, name_of_exit
 from chainfed_ray.cluster.tables import JobRecord
 from chainfed_ray.records.result import ExitScore

@@ -15,13 +15,13 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 if TYPE_CHECKING:
-    from chainfed_ray.api.resources.artifacts import ArtifactList
-    from chainfed_ray.api.resources.completions import ChatCompletion, Completion
-    from chainfed_ray.api.resources.events import EventPage, LogPage
-    from chainfed_ray.api.resources.jobs import ClientPage, JobPage, JobResource
-    from chainfed_ray.api.resources.models import AliasList, AliasResource, ClassifyResponse, ModelList, ServedModel
-    from chainfed_ray.api.resources.monitoring import AuditPage, Health
-    from chainfed_ray.api.resources.uploads import UploadPage, UploadResource
+    from chainfed_ray.api.schemas.artifacts import ArtifactList
+    from chainfed_ray.api.schemas.completions import ChatCompletion, Completion
+    from chainfed_ray.api.schemas.events import EventPage, LogPage
+    from chainfed_ray.api.schemas.jobs import ClientPage, JobPage, JobResource
+    from chainfed_ray.api.schemas.models import AliasList, AliasResource, ClassifyResponse, ModelList, ServedModel
+    from chainfed_ray.api.schemas.monitoring import AuditPage, Health
+    from chainfed_ray.api.schemas.uploads import UploadPage, UploadResource
     from chainfed_ray.records.forecast import Forecast
 
 Answer = TypeVar("Answer", bound=BaseModel | None)
@@ -70,24 +70,24 @@ class Call(Generic[Answer]):
 
 
 _NO_BODY: Model[None] = Model("", "")
-_JOB: Model[JobResource] = Model("api.resources.jobs", "JobResource")
-_JOBS: Model[JobPage] = Model("api.resources.jobs", "JobPage")
-_CLIENTS: Model[ClientPage] = Model("api.resources.jobs", "ClientPage")
+_JOB: Model[JobResource] = Model("api.schemas.jobs", "JobResource")
+_JOBS: Model[JobPage] = Model("api.schemas.jobs", "JobPage")
+_CLIENTS: Model[ClientPage] = Model("api.schemas.jobs", "ClientPage")
 _FORECAST: Model[Forecast] = Model("records.forecast", "Forecast")
-_EVENTS: Model[EventPage] = Model("api.resources.events", "EventPage")
-_LOGS: Model[LogPage] = Model("api.resources.events", "LogPage")
-_ARTIFACTS: Model[ArtifactList] = Model("api.resources.artifacts", "ArtifactList")
-_MODELS: Model[ModelList] = Model("api.resources.models", "ModelList")
-_MODEL: Model[ServedModel] = Model("api.resources.models", "ServedModel")
-_ALIASES: Model[AliasList] = Model("api.resources.models", "AliasList")
-_ALIAS: Model[AliasResource] = Model("api.resources.models", "AliasResource")
-_LABELS: Model[ClassifyResponse] = Model("api.resources.models", "ClassifyResponse")
-_COMPLETION: Model[Completion] = Model("api.resources.completions", "Completion")
-_CHAT: Model[ChatCompletion] = Model("api.resources.completions", "ChatCompletion")
-_UPLOADS: Model[UploadPage] = Model("api.resources.uploads", "UploadPage")
-UPLOAD: Model[UploadResource] = Model("api.resources.uploads", "UploadResource")
-_HEALTH: Model[Health] = Model("api.resources.monitoring", "Health")
-_AUDIT: Model[AuditPage] = Model("api.resources.monitoring", "AuditPage")
+_EVENTS: Model[EventPage] = Model("api.schemas.events", "EventPage")
+_LOGS: Model[LogPage] = Model("api.schemas.events", "LogPage")
+_ARTIFACTS: Model[ArtifactList] = Model("api.schemas.artifacts", "ArtifactList")
+_MODELS: Model[ModelList] = Model("api.schemas.models", "ModelList")
+_MODEL: Model[ServedModel] = Model("api.schemas.models", "ServedModel")
+_ALIASES: Model[AliasList] = Model("api.schemas.models", "AliasList")
+_ALIAS: Model[AliasResource] = Model("api.schemas.models", "AliasResource")
+_LABELS: Model[ClassifyResponse] = Model("api.schemas.models", "ClassifyResponse")
+_COMPLETION: Model[Completion] = Model("api.schemas.completions", "Completion")
+_CHAT: Model[ChatCompletion] = Model("api.schemas.completions", "ChatCompletion")
+_UPLOADS: Model[UploadPage] = Model("api.schemas.uploads", "UploadPage")
+UPLOAD: Model[UploadResource] = Model("api.schemas.uploads", "UploadResource")
+_HEALTH: Model[Health] = Model("api.schemas.monitoring", "Health")
+_AUDIT: Model[AuditPage] = Model("api.schemas.monitoring", "AuditPage")
 
 
 def plan_job(document: Json) -> Call[Forecast]:

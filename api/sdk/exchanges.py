@@ -29,10 +29,10 @@ from chainfed_ray.errors import (
 )
 
 if TYPE_CHECKING:
-    from chainfed_ray.api.resources.completions import CompletionChoice
-    from chainfed_ray.api.resources.events import EventResource
-    from chainfed_ray.api.resources.models import ClassifyResponse
-    from chainfed_ray.api.resources.uploads import UploadResource
+    from chainfed_ray.api.schemas.completions import CompletionChoice
+    from chainfed_ray.api.schemas.events import EventResource
+    from chainfed_ray.api.schemas.models import ClassifyResponse
+    from chainfed_ray.api.schemas.uploads import UploadResource
     from chainfed_ray.records.log_line import LogLine
 
 _GIVE_UP_SECONDS = 120.0  # a service that fails starts again within a minute, on an idle machine
@@ -123,10 +123,10 @@ class Exchange(Generic[Answer]):
     answer: Model[Answer]
 
 
-_EVENT: Model[EventResource] = Model("api.resources.events", "EventResource")
+_EVENT: Model[EventResource] = Model("api.schemas.events", "EventResource")
 _LINE: Model[LogLine] = Model("records.log_line", "LogLine")
-_CHOICE: Model[CompletionChoice] = Model("api.resources.completions", "CompletionChoice")
-_LABELS: Model[ClassifyResponse] = Model("api.resources.models", "ClassifyResponse")
+_CHOICE: Model[CompletionChoice] = Model("api.schemas.completions", "CompletionChoice")
+_LABELS: Model[ClassifyResponse] = Model("api.schemas.models", "ClassifyResponse")
 _NOTHING: Model[None] = Model("", "")
 
 

@@ -7,10 +7,10 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from chainfed_ray.api.jobs import artifacts, control, logs, routes, uploads
-from chainfed_ray.api.resources.problems import ProblemDetails
 from chainfed_ray.api.rest import completions, embeddings, events, models, monitoring, sites
 from chainfed_ray.api.rest.errors import handle_errors
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.schemas.problems import ProblemDetails
 from chainfed_ray.api.serve.access import AccessRules
 from chainfed_ray.api.serve.document import describe, operation_id
 from chainfed_ray.api.serve.front_door import add_front_door

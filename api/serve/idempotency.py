@@ -13,8 +13,8 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chainfed_ray.api.resources.problems import FieldProblem
 from chainfed_ray.api.rest.errors import http_problem, no_database, problem
+from chainfed_ray.api.schemas.problems import FieldProblem
 from chainfed_ray.api.serve.scopes import KEYED, RouteNames
 from chainfed_ray.cluster.access.first_answers import HELD_SECONDS, Claim, FirstAnswer, FirstAnswers
 from chainfed_ray.cluster.access.identity import WITHOUT_KEYS

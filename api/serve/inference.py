@@ -14,7 +14,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from chainfed_ray.api.resources.bodies import MOST_TEXTS
+from chainfed_ray.api.schemas.bodies import MOST_TEXTS
 from chainfed_ray.cluster.local_ray import hear_at_own_address
 from chainfed_ray.cluster.storage import Settings, Storage
 from chainfed_ray.cluster.structured_logs import log_as_asked

@@ -1,6 +1,7 @@
 """A client's turn of head fitting: sums over its examples' pooled features, from which the server fits the head.
 
-``aggregation/discriminant.py`` makes classifiers of the sums. Where the held-out examples are elsewhere, these are tried there.
+``aggregation/discriminant.py`` makes classifiers of the sums. If sites hold the validation rows, each tries the
+classifiers on its own rows.
 """
 
 from collections.abc import Iterator

@@ -23,7 +23,7 @@ from chainfed_ray.model.blocks import Blocks
 from chainfed_ray.model.pooling import mean_over_tokens
 from chainfed_ray.model.prefix import PrefixCache, PrefixRunner
 
-FEWEST = 4  # the fewest examples for which the unbiased estimator is defined
+FEWEST_FOR_CKA = 4  # the fewest examples for which the unbiased estimator is defined
 
 
 @torch.no_grad()
@@ -91,10 +91,10 @@ def debiased_cka(first: Tensor, second: Tensor) -> float:
     """Linear CKA of two representations [n, D1] and [n, D2] of the same n examples, at most 1.
 
     Raises:
-        ValueError: there are fewer than ``FEWEST`` examples.
+        ValueError: there are fewer than ``FEWEST_FOR_CKA`` examples.
     """
-    if len(first) < FEWEST:
-        raise ValueError(f"CKA needs {FEWEST} examples or more, not {len(first)}")
+    if len(first) < FEWEST_FOR_CKA:
+        raise ValueError(f"CKA needs {FEWEST_FOR_CKA} examples or more, not {len(first)}")
     gram_first, gram_second = _gram(first), _gram(second)
     scale = (_hsic(gram_first, gram_first) * _hsic(gram_second, gram_second)).clamp(min=0).sqrt()
     # If a representation is constant, CKA is not defined; it then counts as dissimilar.

@@ -5,7 +5,7 @@ exact look-ahead nothing is cut, and the early exit is the model's end. The whol
 fails, the record says why and the job goes on.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from time import perf_counter
 from typing import Literal, Protocol
 
@@ -49,14 +49,18 @@ def streaming(job: PlannedJob, listen: Listener = no_listener) -> StreamingEvalu
     return StreamingEvaluator(job.base, job.planner.costs, sets_of(job), listen)
 
 
-MakeOffloaded = Callable[[ModelSource, MemoryProfile, EvaluationSets, int, Listener], Evaluator | str]
-"""Makes an evaluator that has its model on disk and runs it in so many processes, or says why it cannot run here."""
+class MakeDiskEvaluator(Protocol):
+    """Makes an evaluator that has its weights on disk and runs in ``workers`` processes, or says why it cannot run here."""
+
+    def __call__(
+        self, base: ModelSource, profile: MemoryProfile, sets: EvaluationSets, *, workers: int, listen: Listener
+    ) -> Evaluator | str: ...
 
 
 def server_evaluation(
-    job: PlannedJob, listen: Listener = no_listener, *, offloaded: MakeOffloaded
+    job: PlannedJob, listen: Listener = no_listener, *, on_disk: MakeDiskEvaluator
 ) -> "ServerEvaluation":
-    """The evaluations of ``job`` with the engine that it names.
+    """The evaluations of ``job`` with the engine that it names. ``on_disk`` may need more of the process, such as Ray.
 
     If it names DeepSpeed and that cannot run here, the torch engine streams the layers instead. The job's record says why.
     """
@@ -67,7 +71,7 @@ def server_evaluation(
     wanted = job.spec.evaluation
     if wanted.engine == "torch":
         return streamed(job, listen)
-    evaluator = offloaded(job.base, job.planner.costs, sets_of(job), wanted.workers, listen)
+    evaluator = on_disk(job.base, job.planner.costs, sets_of(job), workers=wanted.workers, listen=listen)
     if isinstance(evaluator, str):
         return ServerEvaluation(job, streaming(job, listen), f"in place of {wanted.engine}: {evaluator}", listen)
     return ServerEvaluation(job, evaluator, listen=listen)

@@ -20,7 +20,7 @@ from chainfed_ray.chain import Chain, Window, start_below
 from chainfed_ray.client.first_pass import StartGuess
 from chainfed_ray.client.messages import Client, Fitting, Profile, Profiling, TurnResult
 from chainfed_ray.client.pool import ClientPool, Failure, in_order
-from chainfed_ray.client.profiling import FEWEST
+from chainfed_ray.client.profiling import FEWEST_FOR_CKA
 from chainfed_ray.errors import InvalidUpdate, QuorumLost
 from chainfed_ray.federation.cohort import everyone
 from chainfed_ray.federation.collect import failed_turn, readable, reasons
@@ -77,7 +77,7 @@ def _by_profiles(job: PlannedJob, pool: ClientPool, listen: Listener) -> Start:
     able = [
         replace(client, cap_bytes=client.plan.prefix.profile_bytes)
         for client in job.clients
-        if client.counts.examples >= FEWEST and client.plan.prefix.cached
+        if client.counts.examples >= FEWEST_FOR_CKA and client.plan.prefix.cached
     ]
     chain = job.spec.chain
     fits = chain.head == "fitted"

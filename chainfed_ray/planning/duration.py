@@ -13,7 +13,7 @@ from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Chain, Window
 from chainfed_ray.client.messages import Client, Training
-from chainfed_ray.client.profiling import FEWEST
+from chainfed_ray.client.profiling import FEWEST_FOR_CKA
 from chainfed_ray.planning.candidates import Candidate, as_client
 from chainfed_ray.planning.pace import EvaluationPace, Pace, evaluation_pace, training_pace
 from chainfed_ray.planning.prepare import PlannedJob
@@ -159,7 +159,7 @@ def visits(job: PlannedJob) -> list[tuple[Window, int]]:
 def _once(job: PlannedJob, plan: TurnPlan, pace: Pace, examples: int) -> float:
     """The seconds of what a client does once in the job: its profile, its sums for each fitted head, its first prefix cache."""
     fits, cached = _fits(job), plan.prefix.cached
-    profiles = job.spec.chain.start == "auto" and cached and examples >= FEWEST
+    profiles = job.spec.chain.start == "auto" and cached and examples >= FEWEST_FOR_CKA
     exits = layers_of_exits(job, cached)
     searched = len(Chain(job.layers, 0, job.window).windows) if exits else 0
     turns = (fits + profiles + searched) * pace.turn

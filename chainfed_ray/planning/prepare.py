@@ -14,7 +14,7 @@ from chainfed_ray.activity import Listener, Reporter, no_listener
 from chainfed_ray.budget.planner import TurnPlan
 from chainfed_ray.chain import Chain
 from chainfed_ray.client.messages import Client
-from chainfed_ray.client.profiling import FEWEST
+from chainfed_ray.client.profiling import FEWEST_FOR_CKA
 from chainfed_ray.data.choices import Choices
 from chainfed_ray.data.examples import examples_of, spelled_out
 from chainfed_ray.data.partition import PartitionRule, shares_of
@@ -254,11 +254,11 @@ def _too_few(job: PlannedJob) -> InvalidJob:
 
 def _check_profiles(admission: Admission) -> None:
     """Check that any client can profile the layers, which finds the chain's start."""
-    if not any(one.counts.examples >= FEWEST and plan.prefix.cached for one, plan in admission.admitted):
+    if not any(one.counts.examples >= FEWEST_FOR_CKA and plan.prefix.cached for one, plan in admission.admitted):
         raise InvalidJob.at(
             "chain.start",
             "auto",
-            f"the index of a layer, since no client has both the {FEWEST} rows that a profile needs and the disk for "
+            f"the index of a layer, since no client has both the {FEWEST_FOR_CKA} rows that a profile needs and the disk for "
             "their activations",
         )
 

@@ -1,4 +1,4 @@
-"""Orders and results as the documents that cross the boundary, and back.
+"""Orders and results as the documents that cross the boundary (the wire), and back.
 
 Every number is checked for its type. What a result says is checked further where each client's is (``federation/collect.py``).
 """

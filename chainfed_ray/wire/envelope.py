@@ -1,5 +1,6 @@
 """What crosses the boundary between the service and a site: orders and answers, as JSON, with tensors as safetensors files.
 
+The documents that cross this boundary are the wire, for which this room is named.
 Both sides check what they receive against these classes, and nothing is pickled. The classes need no torch: the API and the
 process that talks to it pass the contents on, and ``codec.py`` reads them. docs/sites.md lists what crosses.
 """

@@ -48,11 +48,6 @@ class Upload:
     complete: bool
     created_at: str
 
-    @property
-    def place(self) -> tuple[str, str]:
-        """The place after it in the list of uploads, for the next page."""
-        return self.created_at, self.id
-
 
 class UploadStore:
     """The uploads of a service; safe to use from several threads and processes. ``seen_by`` gives those that a tenant sees.
@@ -129,7 +124,7 @@ class UploadStore:
         return found
 
     def page(self, limit: int = 100, after: tuple[str, str] | None = None) -> list[Upload]:
-        """At most ``limit`` uploads, the newest first; only those ``after`` one by its ``place``, which may be gone."""
+        """At most ``limit`` uploads, the newest first; only those ``after`` one, by its time and id; it may be gone."""
         query = select(UploadRow).where(self._seen).order_by(UploadRow.number.desc()).limit(limit)
         if after is not None:
             created_at, upload = after

@@ -60,7 +60,7 @@ class CoordinatorActor:
 
         load_models()
         from chainfed_ray.cluster.jobs.run import publish_unmet, run_queued_job
-        from chainfed_ray.cluster.offload.engine import offloaded
+        from chainfed_ray.cluster.offload.door import make_disk_evaluator
         from chainfed_ray.cluster.pool.ray_pool import RayPool
         from chainfed_ray.cluster.sites.desk import Desk
         from chainfed_ray.federation.evaluation import server_evaluation
@@ -78,7 +78,7 @@ class CoordinatorActor:
                     at_site=desk.lease,
                     tell=tell,
                 ),
-                partial(server_evaluation, offloaded=offloaded),
+                partial(server_evaluation, on_disk=make_disk_evaluator),
                 desk,
                 rules=settings.reading,
             )

@@ -61,10 +61,10 @@ def make_evaluator(
         )
     finally:
         blocks.close()
-    return reason or OffloadedEvaluator(base, profile.layers, sets, memory, workers, batch_size, listen)
+    return reason or DiskEvaluator(base, profile.layers, sets, memory, workers, batch_size, listen)
 
 
-class OffloadedEvaluator:
+class DiskEvaluator:
     """An ``Evaluator`` that runs a model of ``layers`` layers in ``workers`` processes.
 
     Each process is planned to take ``memory`` bytes above the idle process.

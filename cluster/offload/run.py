@@ -1,4 +1,4 @@
-"""The actor of an offloaded evaluation: it starts the workers with Ray Train, and passes orders and results on.
+"""The actor of an evaluation with the weights on disk: it starts the workers with Ray Train, and passes orders and results on.
 
 The workers keep the model on disk and evaluate stacks as the owner, the job's coordinator, sends them. What they do is in
 worker.py.

@@ -1,4 +1,4 @@
-"""A worker process of an offloaded evaluation: it loads the model, and carries out orders until the run ends (run.py).
+"""A worker of an evaluation with the weights on disk: it loads the model, and carries out orders until the run ends (run.py).
 
 The worker's files are removed when it ends, even if it is killed.
 """

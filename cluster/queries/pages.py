@@ -16,10 +16,10 @@ Label = tuple[str, str]
 
 
 class Place(NamedTuple):
-    """A place in the list of jobs: after the job with an id, which was submitted at a time. That job may be gone."""
+    """A place in a list, of jobs or of uploads: after the one with an id, which was made at a time. It may be gone."""
 
     at: str
-    job: str
+    id: str
 
     @classmethod
     def after(cls, record: JobRecord | JobLine) -> "Place":
@@ -34,20 +34,20 @@ class Place(NamedTuple):
             InvalidJob: it is none of ours.
         """
         try:
-            at, _, job = urlsafe_b64decode(cursor.encode()).decode().partition(" ")
+            at, _, after = urlsafe_b64decode(cursor.encode()).decode().partition(" ")
         except ValueError:
-            at = job = ""
-        if not at or not job or "\0" in at + job:
+            at = after = ""
+        if not at or not after or "\0" in at + after:
             raise InvalidJob.at("cursor", cursor, "the `next` of an earlier page")
-        return cls(at, job)
+        return cls(at, after)
 
     def cursor(self) -> str:
         """The place as a text for callers. It tells no number of a row: that would tell how many jobs others have."""
-        return urlsafe_b64encode(f"{self.at} {self.job}".encode()).decode()
+        return urlsafe_b64encode(f"{self.at} {self.id}".encode()).decode()
 
     def older(self, seen: ColumnElement[bool]) -> ColumnElement[bool]:
         """The condition that a job is older: than the job of this place or, if that is not ``seen``, than its time."""
-        number = select(JobRow.number).where(seen, JobRow.id == self.job).scalar_subquery()
+        number = select(JobRow.number).where(seen, JobRow.id == self.id).scalar_subquery()
         return or_(JobRow.number < number, number.is_(None) & (JobRow.submitted_at < self.at))
 
 

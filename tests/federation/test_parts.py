@@ -1,4 +1,4 @@
-"""Properties of the small, pure parts: the window rule, the partitioners, the mean, CKA, the planner, the examples."""
+"""Properties of the small, pure parts: the window rule, the partitioners, the mean, the planner, the examples."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from chainfed_ray.aggregation.mean import RunningMean
 from chainfed_ray.chain import Chain, start_below
-from chainfed_ray.client.profiling import debiased_cka
 from chainfed_ray.data import docstrings
 from chainfed_ray.data.partition import dirichlet, iid
 from chainfed_ray.data.tokens import Examples
@@ -78,20 +77,6 @@ def test_the_mean_is_weighted_by_examples(updates: list[tuple[int, int]]) -> Non
         mean.add(place, {"x": torch.tensor([value / 8])}, weight)
     exact = Fraction(sum(value * weight for value, weight in updates), 8 * sum(weight for _, weight in updates))
     assert mean.result()["x"].item() == torch.tensor(float(exact), dtype=torch.float64).float().item()
-
-
-def test_cka_does_not_rise_as_examples_get_fewer() -> None:
-    """Of representations that have nothing to do with one another it is 0 on average, however few the examples."""
-    generator = torch.Generator().manual_seed(0)
-    for examples in (4, 8, 64):
-        pairs = torch.randn(200, 2, examples, 32, generator=generator)
-        values = [debiased_cka(first, second) for first, second in pairs]
-        assert abs(sum(values) / len(values)) < 0.05
-        assert debiased_cka(pairs[0, 0], 3 * pairs[0, 0]) == pytest.approx(1)
-
-
-def test_cka_of_what_does_not_vary_is_nothing() -> None:
-    assert debiased_cka(torch.ones(8, 4), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))) == 0
 
 
 @pytest.mark.slow

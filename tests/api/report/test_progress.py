@@ -14,7 +14,7 @@ from chainfed_ray.api.report.fleet import TurnSettings, by_class, in_words
 from chainfed_ray.api.report.plots import draw
 from chainfed_ray.api.report.progress import ProgressDisplay, time_left
 from chainfed_ray.api.report.results import results
-from chainfed_ray.api.resources.jobs import JobProgress as Resource
+from chainfed_ray.api.schemas.jobs import JobProgress as Resource
 from chainfed_ray.api.sdk.calls import Call
 from chainfed_ray.api.sdk.clients import Client
 from chainfed_ray.api.sdk.exchanges import Exchange

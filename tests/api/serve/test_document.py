@@ -10,11 +10,11 @@ from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
 from pydantic import TypeAdapter, ValidationError
 
-from chainfed_ray.api.resources.completions import CompletionRequest
-from chainfed_ray.api.resources.monitoring import Health
-from chainfed_ray.api.resources.problems import ProblemDetails
 from chainfed_ray.api.rest.errors import MEDIA_TYPE
 from chainfed_ray.api.rest.service import Service
+from chainfed_ray.api.schemas.completions import CompletionRequest
+from chainfed_ray.api.schemas.monitoring import Health
+from chainfed_ray.api.schemas.problems import ProblemDetails
 from chainfed_ray.api.serve.app import create_app
 from chainfed_ray.spec.sections import RoundsSpec
 

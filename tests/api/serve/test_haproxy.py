@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from chainfed_ray.api.command.local_service import free_port
-from chainfed_ray.api.resources.problems import ProblemDetails
+from chainfed_ray.api.schemas.problems import ProblemDetails
 from chainfed_ray.api.serve.haproxy import environment
 from tests.project import ROOT
 from tests.watching import running, wait_for

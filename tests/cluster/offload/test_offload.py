@@ -1,4 +1,4 @@
-"""Promises of offloaded evaluation: it is plain evaluation, its failures cost one evaluation, and nothing of it is left."""
+"""Promises of evaluation with the weights on disk: it is plain evaluation, a failure costs one of them, and nothing is left."""
 
 import os
 import signal
@@ -18,8 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chainfed_ray.activity import Activity, Listener, no_listener
-from chainfed_ray.cluster.offload.engine import offloaded
-from chainfed_ray.cluster.offload.evaluator import OffloadedEvaluator, make_evaluator
+from chainfed_ray.cluster.offload.door import make_disk_evaluator
+from chainfed_ray.cluster.offload.evaluator import DiskEvaluator, make_evaluator
 from chainfed_ray.cluster.offload.footprint import offload_footprint
 from chainfed_ray.cluster.offload.messages import OFFLOAD, Reason
 from chainfed_ray.cluster.offload.model import worker_batches
@@ -114,13 +114,13 @@ def assert_equal(found: Predictions, expected: Predictions) -> None:
 @contextmanager
 def evaluator(
     base: ModelSource, family: str, workers: int = 1, listen: Listener = no_listener
-) -> Iterator[OffloadedEvaluator]:
+) -> Iterator[DiskEvaluator]:
     blocks = Blocks(base.folder, base.dtype)
     costs = known_profile_of(blocks, 16, _CLASSES if family in _ENCODERS else None)
     blocks.close()
     sets = {"test": examples_of(family)}
     made = make_evaluator(base, costs, sets, workers=workers, batch_size=_BATCH, listen=listen)
-    assert isinstance(made, OffloadedEvaluator), made
+    assert isinstance(made, DiskEvaluator), made
     try:
         yield made
     finally:
@@ -177,9 +177,7 @@ class Owner:
 @needs_ops
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_offloaded_is_plain_evaluation_and_nothing_of_it_outlives_its_owner(
-    models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_it_is_plain_evaluation_and_nothing_of_it_outlives_its_owner(models: dict[str, Path], tmp_path: Path) -> None:
     """Its worker is killed while it loads the model, which costs an evaluation; at the end its owner is killed."""
     base = ModelSource(models["bert"], torch.float32, tmp_path)
     available = ray.available_resources()["memory"]  # type: ignore[no-untyped-call]
@@ -279,7 +277,7 @@ def test_a_machine_that_cannot_be_looked_at_is_judged_by_torch(
 
     monkeypatch.setattr("chainfed_ray.cluster.offload.evaluator.look", unreadable)
     document["evaluation"] = {"engine": "deepspeed"}
-    made = server_evaluation(a_job(document, tmp_path), offloaded=offloaded)
+    made = server_evaluation(a_job(document, tmp_path), on_disk=make_disk_evaluator)
     assert made.evaluator.startswith("torch (in place of deepspeed: this machine could not be checked: Read-only")
 
 
@@ -334,7 +332,7 @@ def test_a_disk_too_small_fails_the_evaluation_in_words(models: dict[str, Path],
             pytest.skip("a small disk may not be mounted here")
         base = ModelSource(models["bert"], torch.float32, tmp_path / "disk")
         sets = {"test": examples_of("bert")}
-        both = OffloadedEvaluator(base, _SIZES["num_hidden_layers"], sets, 64 * 2**20, workers=2, batch_size=_BATCH)
+        both = DiskEvaluator(base, _SIZES["num_hidden_layers"], sets, 64 * 2**20, workers=2, batch_size=_BATCH)
         with pytest.raises(EvaluationFailed, match=r"disk: 512KiB free in .*, 36\.\dMiB needed"):
             both.evaluate(stack_of("bert", 0), "test")  # the disk of one machine is for both
         blocks = Blocks(base.folder, base.dtype)

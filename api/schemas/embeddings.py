@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, FailFast, Field
 
-from chainfed_ray.api.resources.bodies import (
+from chainfed_ray.api.schemas.bodies import (
     LONGEST_NAME,
     MOST_CHARACTERS,
     MOST_TEXTS,

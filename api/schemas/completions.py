@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, FailFast, Field, TypeAdapter, model_validator
 
-from chainfed_ray.api.resources.bodies import (
+from chainfed_ray.api.schemas.bodies import (
     LONGEST_NAME,
     MOST_CHARACTERS,
     PromptText,
@@ -17,7 +17,7 @@ from chainfed_ray.api.resources.bodies import (
     bounded,
     one_or_more,
 )
-from chainfed_ray.api.resources.logprobs import ChatLogprobs, CompletionLogprobs
+from chainfed_ray.api.schemas.logprobs import ChatLogprobs, CompletionLogprobs
 from chainfed_ray.serving.messages import MOST_TOKENS, FinishReason, Prompt, Sampling, chat_of
 
 _MAX_TOKENS = f"the most tokens to generate; by default as many as fit into the model's positions, up to {MOST_TOKENS}"

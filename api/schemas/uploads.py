@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, Field
 
-from chainfed_ray.api.resources.bodies import RequestBody, example
+from chainfed_ray.api.schemas.bodies import RequestBody, example
 
 _FORMS = (
     r"^[^/\\\x00-\x1f\x7f]{1,200}\.(csv|tsv|jsonl|ndjson|json|parquet|csv\.gz|tsv\.gz|jsonl\.gz|ndjson\.gz|json\.gz)$"

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from chainfed_ray.api.resources.bodies import example
+from chainfed_ray.api.schemas.bodies import example
 
 
 class Health(BaseModel):

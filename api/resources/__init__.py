@@ -1,1 +1,0 @@
-"""What requests and answers of the REST API hold. A file is named as that with their routes, and has nothing of the server."""
