@@ -21,7 +21,7 @@ from chainfed_ray.errors import (
 from chainfed_ray.problem import Problem
 
 _OURS = "urn:chainfed:problem:"
-_OF_ALIAS = re.compile(r"there is no model '([^']+)', for which the alias '([^']+)' stands\b.*", re.DOTALL)
+_OF_ALIAS = re.compile(r"there is no model (['\"])(.+?)\1, for which the alias '([^']+)' stands\b.*", re.DOTALL)
 _CONFLICT = re.compile(r"job (\S+) is (\S+); it cannot (.+)")
 
 
@@ -49,7 +49,7 @@ def _error_of(address: str, problem: dict[str, Any], about: str) -> ChainFedErro
                 return JobConflict(*refused.groups())
         case "model-not-found":
             if behind := _OF_ALIAS.fullmatch(problem["detail"]):
-                model, alias = behind.groups()
+                _, model, alias = behind.groups()
                 return ModelNotFound(model, (), alias)
             return ModelNotFound(about, ())
         case "artifact-not-found":
