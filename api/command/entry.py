@@ -11,12 +11,12 @@ _MODE, _TERMINAL = "PYTHONUTF8", "_TERMINAL_ENCODING"
 
 def main() -> None:
     """Run the command, as a console starts it. Its imports take most of a second, so they come within."""
-    with ending_at_once():
-        terminal = _in_utf8_mode()
-        from chainfed_ray.api.command.cli import main as run
-
     heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # it is not ignored
     try:
+        with ending_at_once():
+            terminal = _in_utf8_mode()
+            from chainfed_ray.api.command.cli import main as run
+
         run(terminal)
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
